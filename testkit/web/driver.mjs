@@ -1,0 +1,74 @@
+// Drives Chromium for the Rust tests. Commands and answers are lines of JSON: see lines.mjs.
+import { elementCallStats, joinElementCall, leaveElementCall, serveElementCall } from "./element-call.mjs";
+import { launch, openPage } from "./launch.mjs";
+import { drive } from "./lines.mjs";
+import { folder } from "./modules.mjs";
+import { serve } from "./serve.mjs";
+
+const here = import.meta.dirname;
+const { createReadStream } = await import("node:fs");
+const browser = await launch(process.env.ANTIPHON_CHROMIUM);
+const livekitFiles = await serve(folder("livekit-client", "dist"), (_request, response, path) => {
+  const file = { "/": "livekit.html", "/livekit.js": "livekit.js" }[path];
+  if (!file) return false;
+  response.setHeader("content-type", path === "/" ? "text/html" : "text/javascript");
+  createReadStream(`${here}/${file}`).pipe(response);
+  return true;
+});
+const pages = new Map();
+let next = 1;
+
+async function open() {
+  const number = next++;
+  const page = await openPage(browser, (line) => process.stderr.write(`page ${number}: ${line.slice(0, 2000)}\n`));
+  pages.set(number, { page });
+  return { number, page };
+}
+
+function at(number) {
+  const entry = pages.get(number);
+  if (!entry) throw new Error(`there is no page ${number}`);
+  return entry;
+}
+
+async function close(number) {
+  const { page, server } = at(number);
+  pages.delete(number);
+  await page.context().close();
+  server?.close();
+}
+
+const inPage = (number, name, args) =>
+  at(number).page.evaluate(([name, args]) => window.antiphon[name](args), [name, args]);
+
+const commands = {
+  "browser.version": () => browser.version(),
+  "livekit.connect": async (args) => {
+    const { number, page } = await open();
+    await page.goto(`${livekitFiles.base}/`);
+    await page.waitForFunction(() => window.antiphon);
+    const joined = await inPage(number, "connect", args);
+    return { page: number, ...joined, version: await page.evaluate(() => window.LivekitClient.version) };
+  },
+  "livekit.setKey": ({ page, ...args }) => inPage(page, "setKey", args),
+  "livekit.setMuted": ({ page, ...args }) => inPage(page, "setMuted", args),
+  "livekit.stats": ({ page }) => inPage(page, "stats"),
+  "livekit.leave": async ({ page }) => {
+    await inPage(page, "leave");
+    await close(page);
+  },
+  "ec.join": async ({ homeserver, server_name, ...args }) => {
+    const { number, page } = await open();
+    const server = await serveElementCall(homeserver, server_name);
+    at(number).server = server;
+    return { page: number, ...(await joinElementCall(page, server.base, args)) };
+  },
+  "ec.stats": ({ page }) => elementCallStats(at(page).page),
+  "ec.leave": ({ page }) => leaveElementCall(at(page).page),
+  // Only the page goes: nothing in it has a chance to say good-bye.
+  "ec.blank": ({ page }) => at(page).page.goto("about:blank").then(() => null),
+  "page.screenshot": ({ page, file }) => at(page).page.screenshot({ path: file }).then(() => null),
+  "page.close": ({ page }) => close(page),
+};
+
+drive(commands, () => browser.close());
