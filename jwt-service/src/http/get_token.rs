@@ -1,0 +1,58 @@
+//! `POST /get_token` (MSC4195): a token for one membership in one slot of one room.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+
+use super::{
+    admit::{Admission, check_delay, check_token},
+    error::Refusal,
+    intake,
+    json::{Body, GET_TOKEN},
+    other_than_post,
+};
+use crate::{
+    Inner,
+    identity::{ParticipantIdentity, RoomAlias},
+};
+
+pub(super) async fn get_token(State(service): State<Arc<Inner>>, request: Request) -> Response {
+    if let Some(answer) = other_than_post(request.method()) {
+        return answer;
+    }
+    answer(&service, request).await.into_response()
+}
+
+async fn answer(service: &Inner, request: Request) -> Result<Admission<'_>, Refusal> {
+    let _place = service.place()?;
+    let bytes = intake::read(request, &service.settings.limits).await?;
+    let body = Body::decode(&bytes, GET_TOKEN).map_err(|_| Refusal::NotJson)?;
+    drop(bytes);
+    check(&body)?;
+    let user = service.verify(&body.openid_token).await?;
+    if body.member.claimed_user_id != user.user_id() {
+        let server_name = &body.openid_token.matrix_server_name;
+        tracing::warn!(?server_name, "the token belongs to another user");
+        return Err(Refusal::Unauthorized);
+    }
+    let alias = RoomAlias::of_slot(&body.room_id, &body.slot_id);
+    let identity =
+        ParticipantIdentity::of_member(user.user_id(), &body.member.claimed_device_id, &body.member.id);
+    service.admit(&body.openid_token.matrix_server_name, &body, &alias, &identity).await
+}
+
+/// Everything that can be refused without asking anybody, in the order that clients know.
+fn check(body: &Body) -> Result<(), Refusal> {
+    if body.room_id.is_empty() || body.slot_id.is_empty() {
+        return Err(Refusal::MissingParameter("room_id and slot_id are needed"));
+    }
+    let member = &body.member;
+    if member.id.is_empty() || member.claimed_user_id.is_empty() || member.claimed_device_id.is_empty() {
+        return Err(Refusal::MissingParameter("member needs id, claimed_user_id and claimed_device_id"));
+    }
+    check_token(&body.openid_token)?;
+    check_delay(body)
+}

@@ -1,0 +1,301 @@
+//! Request bodies, decoded by hand: frameworks answer 415 or 422 where clients of lk-jwt-service rely on
+//! `M_NOT_JSON` and `M_BAD_JSON`.
+//!
+//! The rules are the reference's: only the first JSON value counts, member names match in any case, of
+//! duplicates the last wins, `null` is absent, a wrong type or an unknown member at the top is no request.
+//! Inside `openid_token` and `member` unknown members are let through, because the objects are other
+//! specifications' and grow.
+
+use std::fmt;
+
+use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+use crate::secret::Secret;
+
+/// The members of all three request bodies; absent ones are empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Body {
+    pub(crate) room: String,
+    pub(crate) room_id: String,
+    pub(crate) slot_id: String,
+    pub(crate) device_id: String,
+    pub(crate) openid_token: OpenIdToken,
+    pub(crate) member: Member,
+    pub(crate) delay_id: String,
+    pub(crate) delay_timeout: i64,
+}
+
+/// The homeserver's answer to the client's request for an OpenID token, as far as it matters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OpenIdToken {
+    pub(crate) access_token: Secret,
+    pub(crate) matrix_server_name: String,
+}
+
+impl Default for OpenIdToken {
+    fn default() -> Self {
+        Self { access_token: Secret::new(""), matrix_server_name: String::new() }
+    }
+}
+
+/// Which membership the token is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) id: String,
+    pub(crate) claimed_user_id: String,
+    pub(crate) claimed_device_id: String,
+}
+
+/// The members that `/get_token` knows at the top, and those of `/sfu/get`.
+pub(crate) const GET_TOKEN: &[&str] =
+    &["room_id", "slot_id", "openid_token", "member", "delay_id", "delay_timeout", "delay_cs_api_url"];
+pub(crate) const SFU_GET: &[&str] =
+    &["room", "openid_token", "device_id", "delay_id", "delay_timeout", "delay_cs_api_url"];
+
+/// The body is not the JSON that the endpoint takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NotJson;
+
+impl Body {
+    /// Decodes `bytes`, with the members in `known` and no others.
+    pub(crate) fn decode(bytes: &[u8], known: &[&str]) -> Result<Self, NotJson> {
+        let mut json = serde_json::Deserializer::from_slice(bytes);
+        let mut body = Self::default();
+        for (name, node) in Node::deserialize(&mut json).map_err(|_| NotJson)?.members()? {
+            let name = known.iter().find(|k| k.eq_ignore_ascii_case(&name)).ok_or(NotJson)?;
+            match *name {
+                "room" => node.string_into(&mut body.room)?,
+                "room_id" => node.string_into(&mut body.room_id)?,
+                "slot_id" => node.string_into(&mut body.slot_id)?,
+                "device_id" => node.string_into(&mut body.device_id)?,
+                "openid_token" => body.openid_token.merge(node)?,
+                "member" => body.member.merge(node)?,
+                "delay_id" => node.string_into(&mut body.delay_id)?,
+                "delay_timeout" => node.integer_into(&mut body.delay_timeout)?,
+                // `delay_cs_api_url`: its type is checked, its value never used; the caller must not choose
+                // where we send requests.
+                _ => node.string_into(&mut String::new())?,
+            }
+        }
+        Ok(body)
+    }
+}
+
+impl OpenIdToken {
+    fn merge(&mut self, node: Node) -> Result<(), NotJson> {
+        for (name, node) in node.members()? {
+            match name.to_ascii_lowercase().as_str() {
+                "access_token" => match node {
+                    Node::String(token) => self.access_token = Secret::new(token),
+                    Node::Null => {}
+                    _ => return Err(NotJson),
+                },
+                "matrix_server_name" => node.string_into(&mut self.matrix_server_name)?,
+                "token_type" => node.string_into(&mut String::new())?,
+                "expires_in" => node.integer_into(&mut 0)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Member {
+    fn merge(&mut self, node: Node) -> Result<(), NotJson> {
+        for (name, node) in node.members()? {
+            match name.to_ascii_lowercase().as_str() {
+                "id" => node.string_into(&mut self.id)?,
+                "claimed_user_id" => node.string_into(&mut self.claimed_user_id)?,
+                "claimed_device_id" => node.string_into(&mut self.claimed_device_id)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A JSON value that keeps the order of members, duplicates included, so that the last one can win.
+enum Node {
+    Null,
+    String(String),
+    Integer(i64),
+    Object(Vec<(String, Self)>),
+    /// A fraction, a number beyond 64 bits, a boolean, an array: nothing that any member takes.
+    Other,
+}
+
+impl Node {
+    fn members(self) -> Result<Vec<(String, Self)>, NotJson> {
+        match self {
+            Self::Object(members) => Ok(members),
+            Self::Null => Ok(Vec::new()),
+            _ => Err(NotJson),
+        }
+    }
+
+    fn string_into(self, target: &mut String) -> Result<(), NotJson> {
+        match self {
+            Self::String(text) => *target = text,
+            Self::Null => {}
+            _ => return Err(NotJson),
+        }
+        Ok(())
+    }
+
+    fn integer_into(self, target: &mut i64) -> Result<(), NotJson> {
+        match self {
+            Self::Integer(number) => *target = number,
+            Self::Null => {}
+            _ => return Err(NotJson),
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NodeVisitor)
+    }
+}
+
+struct NodeVisitor;
+
+impl<'de> Visitor<'de> for NodeVisitor {
+    type Value = Node;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Node, E> {
+        Ok(Node::Null)
+    }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<Node, E> {
+        Ok(Node::Other)
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Node, E> {
+        Ok(Node::Integer(number))
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Node, E> {
+        Ok(number.try_into().map_or(Node::Other, Node::Integer))
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Node, E> {
+        Ok(Node::Other)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Node, E> {
+        Ok(Node::String(text.to_owned()))
+    }
+
+    fn visit_string<E: de::Error>(self, text: String) -> Result<Node, E> {
+        Ok(Node::String(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Node, A::Error> {
+        while sequence.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Node::Other)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Node, A::Error> {
+        let mut members = Vec::new();
+        while let Some(member) = map.next_entry()? {
+            members.push(member);
+        }
+        Ok(Node::Object(members))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn decode(text: &str) -> Result<Body, NotJson> {
+        Body::decode(text.as_bytes(), GET_TOKEN)
+    }
+
+    #[test]
+    fn names_match_in_any_case_and_the_last_duplicate_wins() {
+        let body = decode(
+            r#"{"Room_ID":"a","room_id":"b","OPENID_TOKEN":{"Access_Token":"t","access_token":"u"},
+                "member":{"id":"x"},"member":{"ID":"y","claimed_user_id":"z"}} trailing"#,
+        )
+        .unwrap();
+        assert_eq!(body.room_id, "b");
+        assert_eq!(body.openid_token.access_token.expose(), "u");
+        assert_eq!((body.member.id.as_str(), body.member.claimed_user_id.as_str()), ("y", "z"));
+    }
+
+    #[test]
+    fn null_is_absent_everywhere() {
+        for text in
+            ["null", "{}", r#"{"room_id":null,"openid_token":null,"member":null,"delay_timeout":null}"#]
+        {
+            assert_eq!(decode(text), Ok(Body::default()), "{text}");
+        }
+        assert_eq!(decode(r#"{"member":{"id":null}}"#), Ok(Body::default()));
+    }
+
+    #[test]
+    fn what_is_not_a_request_is_not_json() {
+        for text in [
+            "",
+            " ",
+            "{",
+            "[]",
+            "\"x\"",
+            "1",
+            "true",
+            "{\"room_id\":1}",
+            "{\"room_id\":[]}",
+            "{\"room_id\":{}}",
+            "{\"openid_token\":\"t\"}",
+            "{\"openid_token\":{\"access_token\":1}}",
+            "{\"member\":[]}",
+            "{\"openid_token\":{\"expires_in\":\"3600\"}}",
+            "{\"openid_token\":{\"expires_in\":1.0}}",
+            "{\"openid_token\":{\"expires_in\":1e3}}",
+            "{\"delay_timeout\":9223372036854775808}",
+            "{\"delay_timeout\":true}",
+            "{\"delay_cs_api_url\":1}",
+            "{\"unknown\":1}",
+            "{\"room\":\"legacy\"}",
+        ] {
+            assert_eq!(decode(text), Err(NotJson), "{text}");
+        }
+        assert_eq!(Body::decode(b"\"\xff\"", GET_TOKEN), Err(NotJson));
+        assert_eq!(Body::decode(b"{\"room_id\":\"x\"}", SFU_GET), Err(NotJson));
+    }
+
+    #[test]
+    fn other_specifications_objects_may_grow() {
+        let body =
+            decode(r#"{"openid_token":{"new":{"a":[1,{}]}},"member":{"id":"x","new":1.5e300}}"#).unwrap();
+        assert_eq!(body.member.id, "x");
+    }
+
+    #[test]
+    fn the_whole_range_of_integers_is_read() {
+        assert_eq!(decode(r#"{"delay_timeout":9223372036854775807}"#).unwrap().delay_timeout, i64::MAX);
+        assert_eq!(decode(r#"{"delay_timeout":-9223372036854775808}"#).unwrap().delay_timeout, i64::MIN);
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_not_followed() {
+        let deep = format!("{{\"member\":{}", "[".repeat(60_000));
+        assert_eq!(decode(&deep), Err(NotJson));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Body::decode(&bytes, GET_TOKEN);
+            let _ = Body::decode(&bytes, SFU_GET);
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! The HTTP surface: exact paths, the headers that browsers need on every answer, and one file per endpoint.
+
+mod admit;
+mod delegate_delayed_leave;
+pub(crate) mod error;
+mod get_token;
+mod healthz;
+mod intake;
+mod json;
+mod sfu_get;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    http::{HeaderValue, Method, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{MethodRouter, any},
+};
+
+use crate::Inner;
+
+pub(crate) fn router(service: Arc<Inner>) -> Router {
+    Router::new()
+        .route("/get_token", for_browsers(any(get_token::get_token)))
+        .route("/sfu/get", for_browsers(any(sfu_get::sfu_get)))
+        .route("/delegate_delayed_leave", for_browsers(any(delegate_delayed_leave::delegate_delayed_leave)))
+        .route("/healthz", any(healthz::healthz))
+        .with_state(service)
+}
+
+/// The headers of the three endpoints that web pages call, on every answer: without them on an error too, the
+/// page sees no status at all and cannot tell a refusal from a dead server.
+fn for_browsers(route: MethodRouter<Arc<Inner>>) -> MethodRouter<Arc<Inner>> {
+    route.layer(axum::middleware::map_response(|mut response: Response| async move {
+        let headers = response.headers_mut();
+        for (name, value) in [
+            (header::CONTENT_TYPE, "application/json"),
+            (header::ACCESS_CONTROL_ALLOW_ORIGIN, "*"),
+            (header::ACCESS_CONTROL_ALLOW_METHODS, "POST"),
+            (
+                header::ACCESS_CONTROL_ALLOW_HEADERS,
+                "Accept, Content-Type, Content-Length, Accept-Encoding, X-CSRF-Token",
+            ),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        response
+    }))
+}
+
+/// What `method` gets before a body is read: `None` for POST, which goes on.
+fn other_than_post(method: &Method) -> Option<Response> {
+    match *method {
+        Method::POST => None,
+        Method::OPTIONS => Some(StatusCode::OK.into_response()),
+        _ => Some(StatusCode::METHOD_NOT_ALLOWED.into_response()),
+    }
+}

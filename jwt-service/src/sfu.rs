@@ -1,0 +1,270 @@
+//! The SFU's side of a token request: the room must exist before a client with full access enters it.
+#![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
+
+use std::{
+    error::Error,
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use livekit_protocol::{CreateRoomRequest, Room};
+use prost::Message as _;
+use serde::Deserialize;
+use url::Url;
+
+use crate::{secret::Secret, token::TokenSigner};
+
+/// How long an empty room lives before anybody has joined, in seconds.
+pub const EMPTY_TIMEOUT: u32 = 300;
+/// How long a room lives after the last participant has left, in seconds.
+pub const DEPARTURE_TIMEOUT: u32 = 20;
+
+/// Total time for one call to the SFU, its retry included.
+const CALL_TIMEOUT: Duration = Duration::from_secs(8);
+/// Pause before the one retry after a failed connect: a restarting SFU is back within a moment.
+const RETRY_PAUSE: Duration = Duration::from_millis(300);
+/// The largest answer we read. A room description is a few hundred bytes.
+const MAX_ANSWER: usize = 64 * 1024;
+
+/// What this service needs of an SFU. [`TwirpSfu`] asks a LiveKit server; an SFU in the same process
+/// implements it directly.
+#[async_trait]
+pub trait Sfu: Send + Sync {
+    /// Makes the room `alias`, or returns it if it exists: [`EMPTY_TIMEOUT`], [`DEPARTURE_TIMEOUT`], no limit
+    /// on participants.
+    ///
+    /// # Errors
+    /// [`SfuError`]: whose fault it is and what to do. The client then gets no token.
+    async fn create_room(&self, alias: &str) -> Result<SfuRoom, SfuError>;
+}
+
+/// A room on the SFU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SfuRoom {
+    /// The SFU's own id of this room.
+    pub sid: String,
+}
+
+impl SfuRoom {
+    /// A room with the SFU's id `sid`.
+    pub fn new(sid: impl Into<String>) -> Self {
+        Self { sid: sid.into() }
+    }
+}
+
+/// Why the SFU did not give us a room.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SfuError {
+    /// `LIVEKIT_URL` is no address we can call.
+    #[error(
+        "our configuration: {0:?} is not an SFU address; write ws://, wss://, http:// or https:// and a host"
+    )]
+    BadUrl(String),
+    /// No connection, or it broke.
+    #[error("the SFU cannot be reached; check that it runs and that its URL is right from here")]
+    Unreachable(#[source] Box<dyn Error + Send + Sync>),
+    /// No answer in time.
+    #[error("the SFU did not answer within {} s; check its load and the way to it", .0.as_secs())]
+    TimedOut(Duration),
+    /// The SFU said no.
+    #[error(
+        "the SFU refused (HTTP {status}, {code}); if it is `unauthenticated`, the API key and secret here and \
+         there differ, or the clocks do"
+    )]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// The Twirp error code, or `no code` if the answer carried none.
+        code: String,
+    },
+    /// The answer was not a room.
+    #[error("the SFU's answer is not a LiveKit room; is something else listening at its URL?")]
+    NotARoom,
+    /// Our own failure to ask.
+    #[error("our side: the request to the SFU could not be made")]
+    Ours(#[source] Box<dyn Error + Send + Sync>),
+}
+
+/// A LiveKit server, asked over its `RoomService` API: Twirp with protobuf bodies.
+pub struct TwirpSfu {
+    create_room: Url,
+    http: reqwest::Client,
+    signer: TokenSigner,
+    timeout: Duration,
+}
+
+impl TwirpSfu {
+    /// The SFU at `url` (`ws`, `wss`, `http` or `https`; a path is kept) with its API key and secret.
+    ///
+    /// # Errors
+    /// [`SfuError::BadUrl`] if the URL cannot be called, [`SfuError::Ours`] if key or secret is empty or no
+    /// HTTP client can be made.
+    pub fn new(url: &str, key: &str, secret: &Secret) -> Result<Self, SfuError> {
+        let base = api_base(url)?;
+        let create_room = Url::parse(&format!("{base}/twirp/livekit.RoomService/CreateRoom"))
+            .map_err(|_| SfuError::BadUrl(url.to_owned()))?;
+        let mut http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none());
+        if is_loopback(&create_room) {
+            http = http.no_proxy();
+        }
+        let http = http.build().map_err(|e| SfuError::Ours(e.into()))?;
+        let signer = TokenSigner::new(key, secret.clone()).map_err(|e| SfuError::Ours(e.into()))?;
+        Ok(Self { create_room, http, signer, timeout: CALL_TIMEOUT })
+    }
+
+    /// The same, giving up on a call after `timeout` instead of 8 s.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    async fn call(&self, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
+        let token = self.signer.create_rooms(SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
+        let request = || {
+            self.http
+                .post(self.create_room.clone())
+                .header("content-type", "application/protobuf")
+                .header("accept", "application/protobuf")
+                .bearer_auth(&token)
+                .body(body.clone())
+                .send()
+        };
+        let mut answer = match request().await {
+            Err(error) if error.is_connect() => {
+                tokio::time::sleep(RETRY_PAUSE).await;
+                request().await
+            }
+            answer => answer,
+        }
+        .map_err(unreachable)?;
+        let status = answer.status();
+        let mut body = Vec::new();
+        while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
+            if body.len() + chunk.len() > MAX_ANSWER {
+                return Err(SfuError::NotARoom);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        if status == reqwest::StatusCode::OK {
+            return Ok(body.into());
+        }
+        Err(SfuError::Refused { status: status.as_u16(), code: twirp_code(&body) })
+    }
+}
+
+#[async_trait]
+impl Sfu for TwirpSfu {
+    async fn create_room(&self, alias: &str) -> Result<SfuRoom, SfuError> {
+        let request = CreateRoomRequest {
+            name: alias.to_owned(),
+            empty_timeout: EMPTY_TIMEOUT,
+            departure_timeout: DEPARTURE_TIMEOUT,
+            max_participants: 0,
+            ..Default::default()
+        };
+        let body = tokio::time::timeout(self.timeout, self.call(request.encode_to_vec()))
+            .await
+            .map_err(|_| SfuError::TimedOut(self.timeout))??;
+        let room = Room::decode(body).map_err(|_| SfuError::NotARoom)?;
+        Ok(SfuRoom::new(room.sid))
+    }
+}
+
+impl fmt::Debug for TwirpSfu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TwirpSfu").field("create_room", &self.create_room.as_str()).finish_non_exhaustive()
+    }
+}
+
+/// The base of the SFU's HTTP API: `ws` becomes `http`, `wss` becomes `https`, the path stays, a trailing
+/// slash goes.
+pub(crate) fn api_base(url: &str) -> Result<String, SfuError> {
+    let bad = || SfuError::BadUrl(url.to_owned());
+    let parsed = Url::parse(url).map_err(|_| bad())?;
+    let scheme = match parsed.scheme() {
+        "ws" | "http" => "http",
+        "wss" | "https" => "https",
+        _ => return Err(bad()),
+    };
+    // A user name, a query or a fragment has no place in a base to which paths are appended.
+    let plain = parsed.username().is_empty()
+        && parsed.password().is_none()
+        && parsed.query().is_none()
+        && parsed.fragment().is_none();
+    let authority = parsed.host_str().filter(|_| plain).ok_or_else(bad)?;
+    let port = parsed.port().map(|p| format!(":{p}")).unwrap_or_default();
+    Ok(format!("{scheme}://{authority}{port}{}", parsed.path().trim_end_matches('/')))
+}
+
+fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+        None => false,
+    }
+}
+
+fn unreachable(error: reqwest::Error) -> SfuError {
+    SfuError::Unreachable(error.without_url().into())
+}
+
+/// The `code` of a Twirp error body; foreign text is cut to what a code can look like, for it goes into the
+/// log.
+fn twirp_code(body: &[u8]) -> String {
+    #[derive(Deserialize)]
+    struct TwirpError {
+        code: String,
+    }
+    serde_json::from_slice::<TwirpError>(body)
+        .map(|e| e.code.chars().filter(|c| c.is_ascii_lowercase() || *c == '_').take(40).collect())
+        .unwrap_or_else(|_| "no code".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_api_lives_below_the_signalling_url() {
+        for (url, base) in [
+            ("ws://127.0.0.1:7880", "http://127.0.0.1:7880"),
+            ("wss://h/livekit/sfu", "https://h/livekit/sfu"),
+            ("wss://h/livekit/sfu/", "https://h/livekit/sfu"),
+            ("http://h:80/", "http://h"),
+            ("https://[::1]:7443", "https://[::1]:7443"),
+        ] {
+            assert_eq!(api_base(url).unwrap(), base, "{url}");
+        }
+        for url in [
+            "",
+            "h",
+            "localhost:7880",
+            "ftp://h",
+            "ws://",
+            "ws://u@h",
+            "ws://:p@h",
+            "ws://h/?a=b",
+            "ws://h/#x",
+        ] {
+            assert!(matches!(api_base(url), Err(SfuError::BadUrl(_))), "{url}");
+        }
+    }
+
+    #[test]
+    fn the_secret_is_not_printed() {
+        let sfu = TwirpSfu::new("ws://127.0.0.1:1", "key", &Secret::new("hunter2")).unwrap();
+        assert!(!format!("{sfu:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn a_twirp_code_cannot_forge_log_lines() {
+        assert_eq!(twirp_code(b"{\"code\":\"not_found\",\"msg\":\"x\"}"), "not_found");
+        assert_eq!(twirp_code(b"{\"code\":\"a\\nERROR b\"}"), "ab");
+        assert_eq!(twirp_code(b"<html>"), "no code");
+    }
+}

@@ -1,0 +1,144 @@
+//! `CreateRoom` as a LiveKit server sees it: Twirp, protobuf, the right grant; and what becomes of its
+//! failures.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use antiphon_jwt_service::{RoomAlias, Secret, Sfu as _, SfuError, SfuRoom, TwirpSfu};
+use axum::{
+    Router,
+    body::Bytes,
+    http::{HeaderMap, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use livekit_protocol::{CreateRoomRequest, Room};
+use prost::Message as _;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+#[derive(Clone, Debug)]
+struct Call {
+    path: String,
+    headers: HeaderMap,
+    body: Bytes,
+}
+
+/// A LiveKit server that decodes no JSON, over plain HTTP.
+struct LiveKit {
+    url: String,
+    calls: Arc<Mutex<Vec<Call>>>,
+}
+
+impl LiveKit {
+    async fn start(answer: impl Fn() -> Response + Clone + Send + Sync + 'static) -> Self {
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let seen = calls.clone();
+        let router = Router::new().fallback(move |uri: Uri, headers: HeaderMap, body: Bytes| {
+            seen.lock().unwrap().push(Call { path: uri.path().to_owned(), headers, body });
+            let answer = answer();
+            async move { answer }
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Self { url, calls }
+    }
+
+    async fn create(&self, path: &str) -> Result<SfuRoom, SfuError> {
+        let sfu = TwirpSfu::new(&format!("{}{path}", self.url), "devkey", &Secret::new("devsecret")).unwrap();
+        sfu.create_room(RoomAlias::of_slot("!r:hs", "s").as_str()).await
+    }
+
+    fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap().clone()
+    }
+}
+
+fn room() -> Response {
+    Room { sid: "RM_x".into(), creation_time: 1, ..Default::default() }.encode_to_vec().into_response()
+}
+
+#[tokio::test]
+async fn the_request_is_what_livekit_takes() {
+    let livekit = LiveKit::start(room).await;
+    assert_eq!(livekit.create("").await.unwrap(), SfuRoom::new("RM_x"));
+    let [call] = &livekit.calls()[..] else { panic!("one call") };
+    assert_eq!(call.path, "/twirp/livekit.RoomService/CreateRoom");
+    assert_eq!(call.headers["content-type"], "application/protobuf");
+    assert_eq!(call.headers["accept"], "application/protobuf");
+    let request = CreateRoomRequest::decode(call.body.clone()).unwrap();
+    let expected = CreateRoomRequest {
+        name: RoomAlias::of_slot("!r:hs", "s").as_str().to_owned(),
+        empty_timeout: 300,
+        departure_timeout: 20,
+        max_participants: 0,
+        ..Default::default()
+    };
+    assert_eq!(request, expected);
+
+    let token = call.headers["authorization"].to_str().unwrap().strip_prefix("Bearer ").unwrap();
+    let key = DecodingKey::from_secret(b"devsecret");
+    let claims =
+        jsonwebtoken::decode::<Value>(token, &key, &Validation::new(Algorithm::HS256)).unwrap().claims;
+    let iat = claims["iat"].as_u64().unwrap();
+    assert_eq!(
+        claims,
+        json!({
+            "iss": "devkey", "iat": iat, "nbf": iat, "exp": iat + 6 * 3600, "video": { "roomCreate": true },
+        })
+    );
+}
+
+#[tokio::test]
+async fn a_path_in_the_url_is_kept() {
+    let livekit = LiveKit::start(room).await;
+    livekit.create("/livekit/sfu").await.unwrap();
+    livekit.create("/livekit/sfu/").await.unwrap();
+    let paths: Vec<_> = livekit.calls().into_iter().map(|c| c.path).collect();
+    assert_eq!(paths, ["/livekit/sfu/twirp/livekit.RoomService/CreateRoom"; 2]);
+}
+
+#[tokio::test]
+async fn a_refusal_carries_its_code() {
+    let livekit = LiveKit::start(|| {
+        (StatusCode::UNAUTHORIZED, json!({ "code": "unauthenticated", "msg": "secret detail" }).to_string())
+            .into_response()
+    })
+    .await;
+    let error = livekit.create("").await.unwrap_err();
+    assert!(
+        matches!(&error, SfuError::Refused { status: 401, code } if code == "unauthenticated"),
+        "{error:?}"
+    );
+    assert_eq!(livekit.calls().len(), 1, "a refusal is not retried");
+}
+
+#[tokio::test]
+async fn redirects_are_not_followed() {
+    let livekit =
+        LiveKit::start(|| (StatusCode::FOUND, [(header::LOCATION, "/elsewhere")]).into_response()).await;
+    assert!(matches!(livekit.create("").await, Err(SfuError::Refused { status: 302, .. })));
+    assert_eq!(livekit.calls().len(), 1);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_room_is_an_error() {
+    for body in [vec![0xff; 10], vec![0; 100_000]] {
+        let livekit = LiveKit::start(move || body.clone().into_response()).await;
+        assert!(matches!(livekit.create("").await, Err(SfuError::NotARoom)));
+    }
+}
+
+#[tokio::test]
+async fn an_sfu_that_is_down_or_silent_is_an_error_in_bounded_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("ws://{}", listener.local_addr().unwrap());
+    let sfu = TwirpSfu::new(&url, "k", &Secret::new("s")).unwrap().with_timeout(Duration::from_millis(300));
+    assert!(matches!(sfu.create_room("a").await, Err(SfuError::TimedOut(_))));
+    drop(listener);
+    let sfu = TwirpSfu::new(&url, "k", &Secret::new("s")).unwrap();
+    assert!(matches!(sfu.create_room("a").await, Err(SfuError::Unreachable(_))));
+}
