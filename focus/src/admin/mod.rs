@@ -1,0 +1,5 @@
+//! The admin API: LiveKit's RoomService over Twirp.
+
+mod twirp;
+
+pub(crate) use twirp::router;
