@@ -1,0 +1,212 @@
+//! Recordings to play into a call: VP8 in IVF, Opus in Ogg.
+
+use std::{
+    io::{Read, Seek},
+    path::Path,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use rtc_media::io::ivf_reader::IVFReader;
+
+use super::{Codec, EncodedFrame, TrackSpec};
+
+/// Largest recording that is read, in frames: an hour of VP8 at 60 frames per second.
+const MAX_FRAMES: usize = 216_000;
+/// Largest file that is read, in bytes; recordings are held in memory.
+const MAX_FILE: u64 = 512 * 1024 * 1024;
+
+/// A whole recording in memory, ready to be played over and over.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    codec: Codec,
+    dimensions: (u32, u32),
+    frames: Vec<EncodedFrame>,
+    duration: Duration,
+}
+
+impl Recording {
+    /// Reads a `.ivf` file (VP8) or an Ogg file (Opus), told apart by their first bytes.
+    ///
+    /// # Errors
+    /// [`RecordingError`], saying what is wrong with the file.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, RecordingError> {
+        let file = std::fs::File::open(path)?;
+        if file.metadata()?.len() > MAX_FILE {
+            return Err(RecordingError::Unusable("it is larger than 512 MiB".to_owned()));
+        }
+        Self::read(std::io::BufReader::new(file))
+    }
+
+    /// [`Recording::open`] from anything that can be read twice.
+    ///
+    /// # Errors
+    /// As [`Recording::open`].
+    pub fn read<R: Read + Seek>(mut from: R) -> Result<Self, RecordingError> {
+        let mut magic = [0; 4];
+        from.read_exact(&mut magic)?;
+        from.rewind()?;
+        match &magic {
+            b"DKIF" => Self::from_ivf(from),
+            b"OggS" => Self::from_ogg(from),
+            _ => Err(RecordingError::Unusable("it is neither IVF nor Ogg".to_owned())),
+        }
+    }
+
+    /// The codec of every frame.
+    #[must_use]
+    pub fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    /// The track that this recording makes: a microphone or a camera.
+    #[must_use]
+    pub fn track(&self) -> TrackSpec {
+        match self.codec {
+            Codec::Opus => TrackSpec::microphone(),
+            _ => TrackSpec::camera(self.dimensions.0, self.dimensions.1),
+        }
+    }
+
+    /// The frames once through, with timestamps from zero.
+    #[must_use]
+    pub fn frames(&self) -> &[EncodedFrame] {
+        &self.frames
+    }
+
+    /// How long it plays.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        self.duration
+    }
+
+    /// The frames over and over with growing timestamps: write each when its timestamp has come.
+    pub fn looped(&self) -> impl Iterator<Item = EncodedFrame> + '_ {
+        (0u32..).flat_map(|round| {
+            let start = self.duration * round;
+            self.frames.iter().map(move |f| EncodedFrame {
+                payload: f.payload.clone(),
+                timestamp: f.timestamp + start,
+            })
+        })
+    }
+
+    fn from_ivf(from: impl Read) -> Result<Self, RecordingError> {
+        let unusable = |e: &dyn std::fmt::Display| RecordingError::Unusable(format!("its IVF header: {e}"));
+        let (mut reader, header) = IVFReader::new(from).map_err(|e| unusable(&e))?;
+        if &header.four_cc != b"VP80" {
+            return Err(RecordingError::Unusable("its video is not VP8".to_owned()));
+        }
+        let (numerator, denominator) =
+            (u64::from(header.timebase_numerator), u64::from(header.timebase_denominator));
+        if numerator == 0 || denominator == 0 {
+            return Err(RecordingError::Unusable("its time base is zero".to_owned()));
+        }
+        let time = |units: u64| {
+            Duration::from_micros(units.saturating_mul(1_000_000).saturating_mul(numerator) / denominator)
+        };
+        let mut frames = Vec::new();
+        // The reader says "end of file" with an error; a file that is cut short plays up to there.
+        while let Ok((payload, frame)) = reader.parse_next_frame() {
+            if frames.len() == MAX_FRAMES {
+                return Err(RecordingError::Unusable("it has more than 216,000 frames".to_owned()));
+            }
+            frames.push(EncodedFrame { payload: payload.freeze(), timestamp: time(frame.timestamp) });
+        }
+        let last = frames.last().ok_or_else(|| RecordingError::Unusable("it has no frame".to_owned()))?;
+        let duration = last.timestamp + time(1);
+        Ok(Self {
+            codec: Codec::Vp8,
+            dimensions: (u32::from(header.width), u32::from(header.height)),
+            frames,
+            duration,
+        })
+    }
+
+    fn from_ogg(from: impl Read + Seek) -> Result<Self, RecordingError> {
+        let mut reader = ogg::PacketReader::new(from);
+        let mut next = || reader.read_packet().map_err(|e| RecordingError::Unusable(format!("its Ogg pages: {e}")));
+        match next()? {
+            Some(head) if head.data.starts_with(b"OpusHead") => {}
+            _ => return Err(RecordingError::Unusable("its sound is not Opus".to_owned())),
+        }
+        // The comment header (RFC 7845 §5.2) says nothing that is played.
+        next()?;
+        let mut frames = Vec::new();
+        let mut timestamp = Duration::ZERO;
+        while let Some(packet) = next()? {
+            let Some(duration) = opus_duration(&packet.data) else { continue };
+            if frames.len() == MAX_FRAMES {
+                return Err(RecordingError::Unusable("it has more than 216,000 frames".to_owned()));
+            }
+            frames.push(EncodedFrame { payload: Bytes::from(packet.data), timestamp });
+            timestamp += duration;
+        }
+        if frames.is_empty() {
+            return Err(RecordingError::Unusable("it has no frame".to_owned()));
+        }
+        Ok(Self { codec: Codec::Opus, dimensions: (0, 0), frames, duration: timestamp })
+    }
+}
+
+/// Why a recording cannot be played.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordingError {
+    /// The file cannot be read.
+    #[error("the recording cannot be read")]
+    Io(#[from] std::io::Error),
+    /// The file is not something that we can play.
+    #[error("the recording cannot be played: {0}; VP8 in IVF and Opus in Ogg can")]
+    Unusable(String),
+}
+
+/// How long an Opus packet plays, from its first bytes (RFC 6716 §3.1, §3.2); `None` if it breaks the rules.
+fn opus_duration(packet: &[u8]) -> Option<Duration> {
+    let toc = *packet.first()?;
+    let frame_us = match toc >> 3 {
+        config @ 0..=11 => [10_000, 20_000, 40_000, 60_000][usize::from(config & 3)],
+        config @ 12..=15 => [10_000, 20_000][usize::from(config & 1)],
+        config => [2_500, 5_000, 10_000, 20_000][usize::from(config & 3)],
+    };
+    let frames = match toc & 3 {
+        0 => 1,
+        1 | 2 => 2,
+        _ => u64::from(*packet.get(1)? & 0x3f),
+    };
+    let duration = Duration::from_micros(frame_us * frames);
+    (frames > 0 && duration <= Duration::from_millis(120)).then_some(duration)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use super::*;
+
+    #[test]
+    fn opus_packets_tell_how_long_they_play() {
+        assert_eq!(opus_duration(&[0x78]), Some(Duration::from_millis(20)));
+        assert_eq!(opus_duration(&[0xfb, 0x03]), Some(Duration::from_millis(60)));
+        assert_eq!(opus_duration(&[0xfb, 0x3f]), None);
+        assert_eq!(opus_duration(&[]), None);
+    }
+
+    #[test]
+    fn foreign_files_are_refused_with_a_reason() {
+        let error = Recording::read(Cursor::new(b"RIFF....".to_vec())).unwrap_err();
+        assert!(error.to_string().contains("neither IVF nor Ogg"), "{error}");
+        let mut ivf = b"DKIF\0\0 \0AV01".to_vec();
+        ivf.resize(32, 0);
+        assert!(Recording::read(Cursor::new(ivf)).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn hostile_files_never_panic(tail in proptest::collection::vec(proptest::num::u8::ANY, 0..200), ogg in proptest::bool::ANY) {
+            let mut bytes = if ogg { b"OggS".to_vec() } else { b"DKIF\0\0 \0VP80".to_vec() };
+            bytes.extend(tail);
+            let _ = Recording::read(Cursor::new(bytes));
+        }
+    }
+}
