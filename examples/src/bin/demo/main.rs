@@ -1,0 +1,65 @@
+//! One command, one encrypted group call: three members, real media, and the proof that nobody else hears it.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+mod intruder;
+mod key_tap;
+mod member;
+mod stage;
+mod table;
+mod verdict;
+
+use antiphon_examples::init;
+
+/// Shows an end-to-end encrypted group call between three Matrix users, and proves the encryption.
+///
+/// Without options everything runs in this process, on loopback: a development homeserver, a focus with its
+/// authorisation service, and three members that play short VP8 and Opus recordings to each other. A fourth user
+/// with a valid SFU token, but without a key, listens in and must not understand a thing.
+///
+/// With --homeserver the same call is held on a running homeserver (its users are registered for the occasion, so
+/// open registration is needed, or three --account options). The focus still runs in this process unless
+/// --service-url names another.
+///
+/// Exit status: 0 if every claim of the verdict held, 1 if one did not, 2 for wrong usage.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "demo", version)]
+struct Options {
+    /// Hold the call on this homeserver, for instance http://localhost:8008.
+    #[arg(long, value_name = "URL")]
+    homeserver: Option<String>,
+    /// An existing user, as USER:PASSWORD; give four (three members and the intruder) or none.
+    #[arg(long, value_name = "USER:PASSWORD", requires = "homeserver")]
+    account: Vec<String>,
+    /// Use the focus behind this authorisation service instead of one in this process.
+    #[arg(long, value_name = "URL")]
+    service_url: Option<String>,
+    /// How long the members talk before one of them leaves, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 6)]
+    talk: u64,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    init();
+    match run(Options::parse()).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("the demo could not be held: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> Result<bool> {
+    let stage = stage::Stage::set(&options).await?;
+    let verdict = verdict::hold_call(&stage, std::time::Duration::from_secs(options.talk)).await;
+    stage.strike().await;
+    let verdict = verdict?;
+    print!("{verdict}");
+    Ok(verdict.holds())
+}

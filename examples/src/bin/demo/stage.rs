@@ -1,0 +1,184 @@
+//! The stage: a homeserver, a focus, and four users of whom three share an encrypted room.
+
+use antiphon_call_sdk::member::LiveKitFocus;
+use antiphon_examples::Session;
+use antiphon_focus::{Config, Focus, FocusHandle};
+use antiphon_testkit::homeserver::{DevHomeserver, Options as HomeserverOptions};
+use anyhow::{Context as _, Result, bail};
+use matrix_sdk::{
+    Room, RoomMemberships,
+    ruma::{
+        OwnedRoomId,
+        api::client::room::create_room::{self, v3::RoomPreset},
+        events::{AnyInitialStateEvent, room::power_levels::RoomPowerLevelsEventContent},
+        serde::Raw,
+    },
+};
+use serde_json::json;
+
+use crate::Options;
+
+/// Everything that must stand before the call begins.
+pub(crate) struct Stage {
+    pub(crate) homeserver_url: String,
+    pub(crate) focus: LiveKitFocus,
+    pub(crate) room_id: OwnedRoomId,
+    /// Alice, Bob and Carol, each with the room as their client sees it.
+    pub(crate) members: Vec<(Session, Room)>,
+    /// Who is not in the room.
+    pub(crate) intruder: Session,
+    homeserver: Option<DevHomeserver>,
+    focus_handle: Option<FocusHandle>,
+}
+
+impl Stage {
+    pub(crate) async fn set(options: &Options) -> Result<Self> {
+        let homeserver = match &options.homeserver {
+            Some(_) => None,
+            None => {
+                let server = DevHomeserver::start(HomeserverOptions::default()).await?;
+                step(&format!("development homeserver on {}", server.url()));
+                Some(server)
+            }
+        };
+        let homeserver_url = match (&homeserver, &options.homeserver) {
+            (Some(server), _) => server.url().to_owned(),
+            (None, Some(url)) => url.trim_end_matches('/').to_owned(),
+            (None, None) => bail!("no homeserver"),
+        };
+        let (focus_handle, service_url) = match &options.service_url {
+            Some(url) => (None, url.trim_end_matches('/').to_owned()),
+            None => {
+                let handle = Focus::start(Config::dev_ephemeral()).await?;
+                let url = handle.jwt_url().context("the focus runs no authorisation service")?.to_owned();
+                step(&format!("focus on {}, authorisation service on {url}", handle.ws_url()));
+                (Some(handle), url)
+            }
+        };
+        if let Some(server) = &homeserver {
+            server.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service_url })]);
+        }
+
+        let accounts = accounts(options, &homeserver_url).await?;
+        let mut sessions = Vec::new();
+        for (user, password) in &accounts {
+            sessions.push(Session::log_in(&homeserver_url, user, password).await?);
+        }
+        let intruder = sessions.pop().context("four accounts are needed")?;
+        step("four users registered and logged in, each device signed by its owner");
+
+        let room_id = create_room(&sessions).await?;
+        let mut members = Vec::new();
+        for session in sessions {
+            let room = session.enter(&room_id).await?;
+            members.push((session, room));
+        }
+        for (session, room) in &members {
+            wait_for_members(session, room, members.len()).await?;
+        }
+        step(&format!("encrypted room {room_id} with three of them"));
+        Ok(Self {
+            homeserver_url,
+            focus: LiveKitFocus { service_url },
+            room_id,
+            members,
+            intruder,
+            homeserver,
+            focus_handle,
+        })
+    }
+
+    /// Stops what was started here.
+    pub(crate) async fn strike(self) {
+        drop((self.members, self.intruder));
+        if let Some(focus) = self.focus_handle {
+            focus.shutdown().await;
+        }
+        if let Some(homeserver) = self.homeserver {
+            homeserver.shutdown().await;
+        }
+    }
+}
+
+pub(crate) fn step(text: &str) {
+    println!("  • {text}");
+}
+
+async fn accounts(options: &Options, homeserver: &str) -> Result<Vec<(String, String)>> {
+    if !options.account.is_empty() {
+        let split = |a: &String| a.split_once(':').map(|(u, p)| (u.to_owned(), p.to_owned()));
+        let accounts: Option<Vec<_>> = options.account.iter().map(split).collect();
+        return match accounts {
+            Some(accounts) if accounts.len() == 4 => Ok(accounts),
+            _ => bail!("give four --account options, each as USER:PASSWORD, or none"),
+        };
+    }
+    let run = rand_suffix();
+    let mut accounts = Vec::new();
+    for name in ["alice", "bob", "carol", "mallory"] {
+        let (user, password) = (format!("{name}-{run}"), format!("demo-{run}"));
+        register(homeserver, &user, &password).await?;
+        accounts.push((user, password));
+    }
+    Ok(accounts)
+}
+
+/// Registers by the dummy stage of user-interactive authentication, as open homeservers allow.
+async fn register(homeserver: &str, user: &str, password: &str) -> Result<()> {
+    let http = reqwest::Client::new();
+    let url = format!("{homeserver}/_matrix/client/v3/register");
+    let mut auth = json!({ "type": "m.login.dummy" });
+    for _ in 0..2 {
+        let body = json!({ "username": user, "password": password, "inhibit_login": true, "auth": auth });
+        let reply = http.post(&url).json(&body).send().await.context("the homeserver does not answer")?;
+        if reply.status().is_success() {
+            return Ok(());
+        }
+        let status = reply.status();
+        let answer: serde_json::Value = reply.json().await.unwrap_or_default();
+        match answer["session"].as_str() {
+            Some(session) if status == 401 => auth["session"] = session.into(),
+            _ => bail!(
+                "{homeserver} does not register {user} ({status}: {}); allow open registration or pass --account four times",
+                answer["error"].as_str().unwrap_or("no reason given")
+            ),
+        }
+    }
+    bail!("{homeserver} wants more than a name and a password to register {user}; pass --account four times")
+}
+
+async fn create_room(sessions: &[Session]) -> Result<OwnedRoomId> {
+    let encryption = json!({
+        "type": "m.room.encryption",
+        "state_key": "",
+        "content": { "algorithm": "m.megolm.v1.aes-sha2" }
+    });
+    // Call membership is state, and ordinary members must be able to send it.
+    let levels = json!({ "events": { "org.matrix.msc3401.call.member": 0 } });
+    let mut request = create_room::v3::Request::new();
+    request.name = Some("Antiphon demo".to_owned());
+    request.preset = Some(RoomPreset::PrivateChat);
+    request.invite = sessions[1..].iter().filter_map(|s| s.client.user_id().map(ToOwned::to_owned)).collect();
+    request.initial_state = vec![Raw::<AnyInitialStateEvent>::from_json_string(encryption.to_string())?];
+    request.power_level_content_override =
+        Some(Raw::<RoomPowerLevelsEventContent>::from_json_string(levels.to_string())?.cast_unchecked());
+    let room = sessions[0].client.create_room(request).await.context("the homeserver does not create a room")?;
+    Ok(room.room_id().to_owned())
+}
+
+async fn wait_for_members(session: &Session, room: &Room, count: usize) -> Result<()> {
+    let mut changes = session.client.subscribe_to_all_room_updates();
+    let complete = async {
+        while room.members(RoomMemberships::JOIN).await?.len() < count {
+            // Lagging only means that something changed, so look again.
+            let _ = changes.recv().await;
+        }
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), complete).await.context("not all joined the room")?
+}
+
+fn rand_suffix() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    format!("{:x}", now.as_millis())
+}

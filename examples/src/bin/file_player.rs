@@ -1,0 +1,64 @@
+//! Plays a VP8 file and an Opus file into the call of a room, until it is interrupted.
+
+use std::{path::PathBuf, sync::Arc};
+
+use antiphon_call_sdk::{
+    call::{Call, CallEvent, CallOptions},
+    media::Recording,
+};
+use antiphon_examples::{Session, init, play};
+use anyhow::Result;
+use clap::Parser;
+use matrix_sdk::ruma::OwnedRoomId;
+
+/// Plays a VP8 file (.ivf) and an Opus file (.ogg) into the call of a Matrix room, until you press Ctrl-C.
+///
+/// Example: file_player --homeserver https://matrix.example --user bot --password … --room '!abc:example'
+/// examples/media/alice.ivf examples/media/alice.ogg
+#[derive(Parser)]
+struct Options {
+    /// Base URL of the homeserver.
+    #[arg(long)]
+    homeserver: String,
+    /// User name.
+    #[arg(long)]
+    user: String,
+    /// Password; better in the environment than on the command line.
+    #[arg(long, env = "MATRIX_PASSWORD", hide_env_values = true)]
+    password: String,
+    /// Room id; the room is joined if we are invited or it is public.
+    #[arg(long)]
+    room: OwnedRoomId,
+    /// Recordings to play, each as a track of its own.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    init();
+    let options = Options::parse();
+    let recordings: Vec<_> = options.files.iter().map(Recording::open).collect::<Result<_, _>>()?;
+    let session = Session::log_in(&options.homeserver, &options.user, &options.password).await?;
+    let room = session.enter(&options.room).await?;
+    let (call, mut events) = Call::join(&room, CallOptions::default()).await?;
+    println!("joined as {}, encrypted: {}", call.identity(), call.is_encrypted());
+    for recording in recordings.into_iter().map(Arc::new) {
+        let track = call.publish(recording.track()).await?;
+        tokio::spawn(async move { play(&track, &recording).await });
+    }
+    loop {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => break,
+            event = events.next() => match event {
+                Some(CallEvent::MemberJoined(member)) => println!("{} is here", member.user_id),
+                Some(CallEvent::MemberLeft(member)) => println!("{} left", member.user_id),
+                Some(CallEvent::Ended { reason }) => anyhow::bail!("the call ended: {reason}"),
+                Some(_) => {}
+                None => break,
+            },
+        }
+    }
+    call.leave().await;
+    Ok(())
+}
