@@ -36,7 +36,7 @@ use crate::{
         own::{OwnConfig, Status},
         wire::OwnDescription,
     },
-    transport::{LocalTrackId, RemoteTrack, TransportError, TrackSid},
+    transport::{LocalTrackId, RemoteTrack, TrackSid, TransportError},
 };
 
 mod connections;

@@ -20,3 +20,8 @@ pub mod member;
 pub mod membership;
 pub mod time;
 pub mod transport;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

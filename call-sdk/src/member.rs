@@ -76,7 +76,8 @@ impl Slot {
     /// The slot id of MSC4143, for instance `m.call#ROOM`.
     #[must_use]
     pub fn id(&self) -> String {
-        let part = if self.call_id.is_empty() && self.application == "m.call" { "ROOM" } else { &self.call_id };
+        let part =
+            if self.call_id.is_empty() && self.application == "m.call" { "ROOM" } else { &self.call_id };
         format!("{}#{part}", self.application)
     }
 }

@@ -1,4 +1,5 @@
 //! What the examples share: logging in, and playing a recording into a call.
+#![allow(clippy::disallowed_methods, reason = "a program is a shell: it owns the clock and the tasks")]
 // matrix-sdk's sync future nests deeper than the compiler looks by itself.
 #![recursion_limit = "256"]
 
@@ -23,7 +24,7 @@ pub fn init() {
     // Err means that it is set already, which is what we want.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,matrix_sdk=error,matrix_sdk_crypto=off"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,matrix_sdk=off,matrix_sdk_crypto=off,rtc=off,rtc_ice=off,rtc_dtls=off,rtc_sctp=off,webrtc=off"));
     // Err means that a subscriber is installed, for instance by a test.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
@@ -89,10 +90,11 @@ impl Session {
         let mut changes = self.client.subscribe_to_all_room_updates();
         let shown = async {
             loop {
-                if let Some(room) = self.client.get_room(&id) {
-                    if room.state() == RoomState::Joined && room.create_content().is_some() {
-                        return room;
-                    }
+                if let Some(room) = self.client.get_room(&id)
+                    && room.state() == RoomState::Joined
+                    && room.create_content().is_some()
+                {
+                    return room;
                 }
                 // Lagging only means that something changed, so look again.
                 let _ = changes.recv().await;

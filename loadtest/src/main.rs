@@ -67,7 +67,10 @@ async fn main() -> ExitCode {
         duration: Duration::from_secs(options.duration),
         join_rate: options.join_rate,
     };
-    eprintln!("{} publishers and {} subscribers, {} s …", plan.publishers, plan.subscribers, options.duration);
+    eprintln!(
+        "{} publishers and {} subscribers, {} s …",
+        plan.publishers, plan.subscribers, options.duration
+    );
     match run(&plan).await {
         Ok(report) => {
             print!("{report}");

@@ -72,7 +72,10 @@ impl Report {
     /// Whether every participant joined and every stream reached it undamaged.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.failures.is_empty() && self.ended.is_empty() && self.damaged == 0 && self.streams.0 == self.streams.1
+        self.failures.is_empty()
+            && self.ended.is_empty()
+            && self.damaged == 0
+            && self.streams.0 == self.streams.1
     }
 }
 
@@ -83,7 +86,8 @@ impl fmt::Display for Report {
         let seconds = self.duration.as_secs_f64().max(0.001);
         let frames = f64::from(u32::try_from(self.frames).unwrap_or(u32::MAX));
         let total = self.frames + self.lost;
-        let lost_share = f64::from(u32::try_from(self.lost * 10_000 / total.max(1)).unwrap_or(u32::MAX)) / 100.0;
+        let lost_share =
+            f64::from(u32::try_from(self.lost * 10_000 / total.max(1)).unwrap_or(u32::MAX)) / 100.0;
         table.add_row(["participants joined", &format!("{} (failed: {})", self.joined, self.failures.len())]);
         table.add_row(["streams received", &format!("{} of {}", self.streams.1, self.streams.0)]);
         table.add_row(["frames received", &format!("{} ({:.0}/s)", self.frames, frames / seconds)]);

@@ -69,7 +69,12 @@ impl Remote {
         self.sif_trailers.insert(focus, trailer);
     }
 
-    pub(super) fn update_track(&mut self, focus: LiveKitFocus, identity: ParticipantIdentity, info: RemoteTrack) {
+    pub(super) fn update_track(
+        &mut self,
+        focus: LiveKitFocus,
+        identity: ParticipantIdentity,
+        info: RemoteTrack,
+    ) {
         let track = self.tracks.entry((focus, info.sid.clone())).or_insert_with(|| Track {
             identity: identity.clone(),
             info: info.clone(),
@@ -97,7 +102,8 @@ impl Remote {
 
     /// The tracks that a participant publishes on a focus.
     pub(super) fn tracks_of(&self, focus: &LiveKitFocus, identity: &ParticipantIdentity) -> Vec<RemoteTrack> {
-        let of_them = |(key, t): &(&(LiveKitFocus, TrackSid), &Track)| key.0 == *focus && t.identity == *identity;
+        let of_them =
+            |(key, t): &(&(LiveKitFocus, TrackSid), &Track)| key.0 == *focus && t.identity == *identity;
         self.tracks.iter().filter(of_them).map(|(_, t)| t.info.clone()).collect()
     }
 
@@ -138,7 +144,9 @@ impl Remote {
             match FrameDecryptor::new(codec, ring) {
                 Ok(decryptor) => track.decryptor = Some((codec, decryptor)),
                 // Nobody can seal this codec, so whatever it is, it is not sealed.
-                Err(_) => return Inbound::Refused { source: track.info.source, reason: OpenError::NotSealed },
+                Err(_) => {
+                    return Inbound::Refused { source: track.info.source, reason: OpenError::NotSealed };
+                }
             }
         }
         let Some((_, decryptor)) = &mut track.decryptor else { return Inbound::Silent };

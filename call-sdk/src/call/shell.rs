@@ -23,7 +23,7 @@ use super::{
 use crate::{
     foci::TokenClient,
     frame_crypto::OpenError,
-    matrix::{KeySendError, MatrixError, MatrixPort, MemberDevice, RoomFacts, RoomView, Update, TrustPolicy},
+    matrix::{KeySendError, MatrixError, MatrixPort, MemberDevice, RoomFacts, RoomView, TrustPolicy, Update},
     media_keys::{
         inbox::{Inbox, InboxConfig, InboxOutput},
         rollout::{KeyEvent, KeyInput, KeyOutput, Rollout, SendId},
@@ -226,8 +226,9 @@ impl Shell {
                     let (port, key) = (self.parts.port.clone(), self.state_key.clone());
                     self.work.spawn(async move {
                         let within = port.membership_request(&key, request, timeout);
-                        let result =
-                            tokio::time::timeout(timeout, within).await.unwrap_or(Err(RequestError::TimedOut));
+                        let result = tokio::time::timeout(timeout, within)
+                            .await
+                            .unwrap_or(Err(RequestError::TimedOut));
                         Done::Membership(id, result)
                     });
                 }
@@ -246,10 +247,11 @@ impl Shell {
                     let content = key_wire::content(&self.key_sender, index, &key, now.unix);
                     self.work.spawn(async move {
                         let sending = port.send_key(&recipients, content);
-                        let result = tokio::time::timeout(KEY_SEND_TIMEOUT, sending).await.unwrap_or_else(|_| {
-                            let message = "the homeserver did not answer in time".to_owned();
-                            Err(KeySendError { message, retry_after: None })
-                        });
+                        let result =
+                            tokio::time::timeout(KEY_SEND_TIMEOUT, sending).await.unwrap_or_else(|_| {
+                                let message = "the homeserver did not answer in time".to_owned();
+                                Err(KeySendError { message, retry_after: None })
+                            });
                         Done::Key(id, result)
                     });
                 }
@@ -505,7 +507,8 @@ impl Shell {
         if self.ending.is_some() {
             return;
         }
-        let wanted: Vec<LiveKitFocus> = self.roster.members().iter().filter_map(|m| m.focus.clone()).collect();
+        let wanted: Vec<LiveKitFocus> =
+            self.roster.members().iter().filter_map(|m| m.focus.clone()).collect();
         for focus in wanted {
             let failures = match self.connections.get(&focus) {
                 None => 0,
@@ -529,7 +532,8 @@ impl Shell {
     /// Ends the connections that no member needs any more; our own stays.
     async fn disconnect_from_leavers(&mut self) {
         let needed = |focus: &LiveKitFocus| {
-            *focus == self.parts.focus || self.roster.members().iter().any(|m| m.focus.as_ref() == Some(focus))
+            *focus == self.parts.focus
+                || self.roster.members().iter().any(|m| m.focus.as_ref() == Some(focus))
         };
         let idle: Vec<LiveKitFocus> = self.connections.keys().filter(|f| !needed(f)).cloned().collect();
         for focus in idle {

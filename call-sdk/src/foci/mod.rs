@@ -54,7 +54,11 @@ impl TokenClient {
     ///
     /// # Errors
     /// [`FocusError`], naming the service and what it answered.
-    pub async fn sfu_get(&self, focus: &LiveKitFocus, port: &dyn MatrixPort) -> Result<SfuAccess, FocusError> {
+    pub async fn sfu_get(
+        &self,
+        focus: &LiveKitFocus,
+        port: &dyn MatrixPort,
+    ) -> Result<SfuAccess, FocusError> {
         #[derive(Serialize)]
         struct Body<'a> {
             room: &'a str,
@@ -75,7 +79,10 @@ impl TokenClient {
         let mut bytes = Vec::new();
         while let Some(chunk) = reply.chunk().await.map_err(failed)? {
             if bytes.len() + chunk.len() > MAX_REPLY {
-                return Err(FocusError::Malformed { service, reason: "its answer is longer than 64 KiB".into() });
+                return Err(FocusError::Malformed {
+                    service,
+                    reason: "its answer is longer than 64 KiB".into(),
+                });
             }
             bytes.extend_from_slice(&chunk);
         }

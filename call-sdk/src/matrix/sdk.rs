@@ -36,7 +36,8 @@ use serde_json::Value;
 use tokio::sync::{broadcast, mpsc};
 
 use super::{
-    KeySendError, MatrixError, MatrixPort, MemberDevice, OpenIdToken, RoomFacts, RoomView, TrustPolicy, Update,
+    KeySendError, MatrixError, MatrixPort, MemberDevice, OpenIdToken, RoomFacts, RoomView, TrustPolicy,
+    Update,
 };
 use crate::{
     media_keys::{
@@ -111,7 +112,11 @@ impl MatrixPort for SdkRoom {
     }
 
     async fn room_facts(&self) -> Result<RoomFacts, MatrixError> {
-        let state = self.room.latest_encryption_state().await.map_err(failed("read whether the room is encrypted"))?;
+        let state = self
+            .room
+            .latest_encryption_state()
+            .await
+            .map_err(failed("read whether the room is encrypted"))?;
         // An unknown state counts as encrypted: the mistake that leaks nothing.
         let version = self.room.version().map(|v| v.to_string()).unwrap_or_default();
         Ok(RoomFacts { encrypted: state.is_encrypted() || state.is_unknown(), version })
@@ -160,14 +165,25 @@ impl MatrixPort for SdkRoom {
                     DelayParameters::Timeout { timeout: delay },
                     raw,
                 );
-                let reply = client.send(leave).with_request_config(config).await.map_err(|e| request_error(&e))?;
+                let reply =
+                    client.send(leave).with_request_config(config).await.map_err(|e| request_error(&e))?;
                 Ok(Reply::Scheduled { delay_id: reply.delay_id })
             }
-            Request::RestartLeave { delay_id } => update_delayed(self, delay_id, UpdateAction::Restart, config).await,
-            Request::SendLeave { delay_id } => update_delayed(self, delay_id, UpdateAction::Send, config).await,
-            Request::CancelLeave { delay_id } => update_delayed(self, delay_id, UpdateAction::Cancel, config).await,
+            Request::RestartLeave { delay_id } => {
+                update_delayed(self, delay_id, UpdateAction::Restart, config).await
+            }
+            Request::SendLeave { delay_id } => {
+                update_delayed(self, delay_id, UpdateAction::Send, config).await
+            }
+            Request::CancelLeave { delay_id } => {
+                update_delayed(self, delay_id, UpdateAction::Cancel, config).await
+            }
             Request::PutMembership { content } => {
-                client.send(put(&content)?).with_request_config(config).await.map_err(|e| request_error(&e))?;
+                client
+                    .send(put(&content)?)
+                    .with_request_config(config)
+                    .await
+                    .map_err(|e| request_error(&e))?;
                 Ok(Reply::Done)
             }
             Request::PutLeave => {
@@ -176,7 +192,8 @@ impl MatrixPort for SdkRoom {
             }
             Request::ReadMaxDelay => {
                 let request = get_capabilities::v3::Request::new();
-                let reply = client.send(request).with_request_config(config).await.map_err(|e| request_error(&e))?;
+                let reply =
+                    client.send(request).with_request_config(config).await.map_err(|e| request_error(&e))?;
                 let max = reply
                     .capabilities
                     .get(MAX_DELAY_CAPABILITY)
@@ -271,7 +288,9 @@ impl MatrixPort for SdkRoom {
                 };
                 match change {
                     // A full queue already holds a wake-up, and the view is read whole: nothing is lost.
-                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => drop(tx.try_send(Update::RoomChanged)),
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {
+                        drop(tx.try_send(Update::RoomChanged))
+                    }
                     Err(broadcast::error::RecvError::Closed) => return,
                 }
             }
@@ -286,10 +305,10 @@ impl SdkRoom {
         let handler = move |raw: Raw<AnyToDeviceEvent>, info: Option<EncryptionInfo>| {
             let tx = tx.clone();
             async move {
-                if let Some(received) = received_key(&raw, info) {
-                    if tx.try_send(Update::Key(received)).is_err() {
-                        tracing::warn!("the call does not keep up: a media key message was dropped");
-                    }
+                if let Some(received) = received_key(&raw, info)
+                    && tx.try_send(Update::Key(received)).is_err()
+                {
+                    tracing::warn!("the call does not keep up: a media key message was dropped");
                 }
             }
         };
@@ -356,14 +375,17 @@ fn received_key(raw: &Raw<AnyToDeviceEvent>, info: Option<EncryptionInfo>) -> Op
     let olm = olm.filter(|i| i.sender == envelope.sender).map(|i| OlmSender {
         cross_signed: matches!(
             i.verification_state,
-            VerificationState::Verified | VerificationState::Unverified(VerificationLevel::UnverifiedIdentity)
+            VerificationState::Verified
+                | VerificationState::Unverified(VerificationLevel::UnverifiedIdentity)
         ),
         device_id: i.sender_device,
     });
     Some(ReceivedKey { content: envelope.content, sender: envelope.sender, olm })
 }
 
-fn failed<E: std::error::Error + Send + Sync + 'static>(doing: &'static str) -> impl FnOnce(E) -> MatrixError {
+fn failed<E: std::error::Error + Send + Sync + 'static>(
+    doing: &'static str,
+) -> impl FnOnce(E) -> MatrixError {
     move |error| MatrixError::Request { doing, source: Box::new(error) }
 }
 
@@ -401,7 +423,9 @@ fn request_error(error: &HttpError) -> RequestError {
         }
         _ if api.status_code.is_server_error() => RequestError::Network,
         _ => match extra_fields(api) {
-            Some(fields) if fields.get("org.matrix.msc4140.errcode").is_some_and(|c| c == "M_MAX_DELAY_EXCEEDED") => {
+            Some(fields)
+                if fields.get("org.matrix.msc4140.errcode").is_some_and(|c| c == "M_MAX_DELAY_EXCEEDED") =>
+            {
                 let max = fields.get("org.matrix.msc4140.max_delay").and_then(Value::as_u64);
                 RequestError::MaxDelayExceeded { max: max.map(Duration::from_millis) }
             }

@@ -84,10 +84,9 @@ impl Recording {
     pub fn looped(&self) -> impl Iterator<Item = EncodedFrame> + '_ {
         (0u32..).flat_map(|round| {
             let start = self.duration * round;
-            self.frames.iter().map(move |f| EncodedFrame {
-                payload: f.payload.clone(),
-                timestamp: f.timestamp + start,
-            })
+            self.frames
+                .iter()
+                .map(move |f| EncodedFrame { payload: f.payload.clone(), timestamp: f.timestamp + start })
         })
     }
 
@@ -125,7 +124,8 @@ impl Recording {
 
     fn from_ogg(from: impl Read + Seek) -> Result<Self, RecordingError> {
         let mut reader = ogg::PacketReader::new(from);
-        let mut next = || reader.read_packet().map_err(|e| RecordingError::Unusable(format!("its Ogg pages: {e}")));
+        let mut next =
+            || reader.read_packet().map_err(|e| RecordingError::Unusable(format!("its Ogg pages: {e}")));
         match next()? {
             Some(head) if head.data.starts_with(b"OpusHead") => {}
             _ => return Err(RecordingError::Unusable("its sound is not Opus".to_owned())),

@@ -151,7 +151,9 @@ pub enum TransportError {
         message: String,
     },
     /// The room does not exist and this user's homeserver may not create rooms there.
-    #[error("the SFU room does not exist and this token may not create it: the focus serves another homeserver")]
+    #[error(
+        "the SFU room does not exist and this token may not create it: the focus serves another homeserver"
+    )]
     RoomCreationRestricted,
     /// The SFU has no room left.
     #[error("the SFU is out of capacity ({status}); try again later or use another focus")]

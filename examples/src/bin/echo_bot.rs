@@ -1,4 +1,5 @@
 //! Joins the call of a room and sends every member's sound back into the call.
+#![allow(clippy::disallowed_methods, reason = "a program is a shell: it owns the clock and the tasks")]
 
 use std::collections::HashMap;
 
@@ -46,7 +47,8 @@ async fn main() -> Result<()> {
         match event {
             Some(CallEvent::Frame { member, track, frame }) if track.codec == Some(Codec::Opus) => {
                 if !echoes.contains_key(&member.identity) {
-                    let spec = TrackSpec { name: format!("echo of {}", member.user_id), ..TrackSpec::microphone() };
+                    let spec =
+                        TrackSpec { name: format!("echo of {}", member.user_id), ..TrackSpec::microphone() };
                     echoes.insert(member.identity.clone(), call.publish(spec).await?);
                 }
                 // A frame that cannot be sent is a moment of silence.

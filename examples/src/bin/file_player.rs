@@ -1,4 +1,5 @@
 //! Plays a VP8 file and an Opus file into the call of a room, until it is interrupted.
+#![allow(clippy::disallowed_methods, reason = "a program is a shell: it owns the clock and the tasks")]
 
 use std::{path::PathBuf, sync::Arc};
 

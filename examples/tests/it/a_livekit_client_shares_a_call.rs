@@ -11,7 +11,7 @@ use antiphon_call_sdk::{
     matrix::{MatrixPort as _, TrustPolicy, Update, sdk::SdkRoom},
     media_keys::wire::{self as key_wire, KeySender},
     member::{LiveKitFocus, MemberId, ParticipantIdentity, Slot},
-    membership::wire::{STATE_TYPE, OwnDescription, state_content, state_key},
+    membership::wire::{OwnDescription, STATE_TYPE, state_content, state_key},
     time::UnixMillis,
 };
 use antiphon_examples::Session;
@@ -140,7 +140,10 @@ async fn each_decrypts_the_other_and_a_wrong_key_decrypts_nothing() {
         })
         .await
         .unwrap();
-    hears(&call, &mut events, "Bob's page heard and seen", LIMIT, |s| sound_and_picture(s, &bobs_identity, 50)).await;
+    hears(&call, &mut events, "Bob's page heard and seen", LIMIT, |s| {
+        sound_and_picture(s, &bobs_identity, 50)
+    })
+    .await;
     let seen = page
         .until("Alice decoded", LIMIT, |s| {
             decoded(s, &alices_identity, "video") > 20 && decoded(s, &alices_identity, "audio") > 48_000
@@ -171,7 +174,9 @@ async fn each_decrypts_the_other_and_a_wrong_key_decrypts_nothing() {
         .unwrap();
     let blind = eves_page
         .until("packets of Alice at Eve's", LIMIT, |s| {
-            s.remote.iter().any(|t| t.identity == alices_identity && t.kind == "video" && t.packets_received > 60)
+            s.remote
+                .iter()
+                .any(|t| t.identity == alices_identity && t.kind == "video" && t.packets_received > 60)
         })
         .await
         .unwrap();

@@ -54,7 +54,8 @@ async fn each_decodes_the_other_and_its_end_is_seen() {
         .await
         .unwrap();
     let clicked = Instant::now();
-    let of_bob = |t: &antiphon_call_sdk::call::TrackStats| t.identity.0.starts_with(&format!("{}:", bob.user_id));
+    let of_bob =
+        |t: &antiphon_call_sdk::call::TrackStats| t.identity.0.starts_with(&format!("{}:", bob.user_id));
     hears(&call, &mut events, "Element Call heard and seen", LIMIT, |s| {
         let opened = |audio: bool| {
             s.tracks.iter().filter(|t| of_bob(t) && t.codec.is_audio() == audio).map(|t| t.opened).max()
@@ -65,7 +66,10 @@ async fn each_decodes_the_other_and_its_end_is_seen() {
     println!("Element Call heard and seen {:?} after the click", clicked.elapsed());
     page.until("our member decoded", LIMIT.saturating_sub(clicked.elapsed()), |s| {
         let video = s.inbound.iter().any(|t| t.kind == "video" && t.frames_decoded > 20);
-        video && s.inbound.iter().any(|t| t.kind == "audio" && t.samples_received - t.samples_concealed > 24_000)
+        video
+            && s.inbound
+                .iter()
+                .any(|t| t.kind == "audio" && t.samples_received - t.samples_concealed > 24_000)
     })
     .await
     .unwrap();
@@ -73,9 +77,12 @@ async fn each_decodes_the_other_and_its_end_is_seen() {
 
     page.close().await.unwrap();
     // Its delayed leave fires 18 s after the last restart.
-    event(&mut events, "Element Call's leave", LIMIT, |e| {
-        matches!(e, CallEvent::MemberLeft(m) if m.user_id.as_str() == bob.user_id)
-    })
+    event(
+        &mut events,
+        "Element Call's leave",
+        LIMIT,
+        |e| matches!(e, CallEvent::MemberLeft(m) if m.user_id.as_str() == bob.user_id),
+    )
     .await;
     for task in playing {
         task.abort();

@@ -45,7 +45,11 @@ async fn the_call_goes_on() {
         for number in 0u32.. {
             pace.tick().await;
             let payload = frames.frame(u64::from(number));
-            if alice.send(track, WireFrame { payload, rtp_timestamp: number.wrapping_mul(960) }).await.is_err() {
+            if alice
+                .send(track, WireFrame { payload, rtp_timestamp: number.wrapping_mul(960) })
+                .await
+                .is_err()
+            {
                 return;
             }
         }

@@ -43,7 +43,8 @@ async fn on_a_real_synapse() {
 async fn through_a_real_livekit_server_with_our_authorisation_service() {
     peers::require!(Peer::LiveKit, Peer::LoopbackOnly);
     let _turn = turn().await;
-    let livekit = peers::livekit::LiveKitServer::start(peers::livekit::LiveKitOptions::default()).await.unwrap();
+    let livekit =
+        peers::livekit::LiveKitServer::start(peers::livekit::LiveKitOptions::default()).await.unwrap();
     let mut settings = Settings::new(livekit.url(), livekit.key(), livekit.secret());
     settings.full_access = FullAccess::Loopback;
     settings.insecure_skip_verify_tls = TlsPolicy::SkipLoopback;

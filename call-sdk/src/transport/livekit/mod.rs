@@ -1,10 +1,10 @@
 //! Media over a LiveKit SFU.
 //!
 //! The signalling is LiveKit's v0: two peer connections, one that we offer (our tracks) and one that the SFU
-//! offers (everybody else's). [`session`] is the task that owns both and restores them; what it decides by is
-//! in plain structs without I/O: [`roster`] (who is there), [`publications`] (what we publish), [`packet`]
-//! (frames to RTP and back), [`sections`] (which track a media section carries), [`pace`] (how often).
-//! [`engine`] is the only place that knows the WebRTC engine, with the work-arounds that it needs.
+//! offers (everybody else's). `session` is the task that owns both and restores them; what it decides by is
+//! in plain structs without I/O: `roster` (who is there), `publications` (what we publish), `packet`
+//! (frames to RTP and back), `sections` (which track a media section carries), `pace` (how often).
+//! `engine` is the only place that knows the WebRTC engine, with the work-arounds that it needs.
 //!
 //! What it does not do: simulcast, codecs other than Opus and VP8, data channels, TURN over TCP or TLS, bandwidth
 //! estimation (frames come encoded), resuming a connection (it always connects afresh).

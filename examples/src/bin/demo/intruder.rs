@@ -56,7 +56,8 @@ impl Intruder {
             .error_for_status()
             .context("the authorisation service refused the intruder a token")?;
         let access: antiphon_call_sdk::foci::SfuAccess = serde_json::from_slice(&reply.bytes().await?)?;
-        let (transport, mut events) = LiveKitTransport::connect(ConnectOptions::new(access.url, access.jwt)).await?;
+        let (transport, mut events) =
+            LiveKitTransport::connect(ConnectOptions::new(access.url, access.jwt)).await?;
         let heard = Arc::new(Mutex::new(Heard::new()));
         let log = heard.clone();
         tokio::spawn(async move {

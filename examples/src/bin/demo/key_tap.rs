@@ -11,7 +11,8 @@ use std::{
 use antiphon_call_sdk::{
     key::MediaKey,
     matrix::{
-        KeySendError, MatrixError, MatrixPort, MemberDevice, OpenIdToken, RoomFacts, RoomView, Update, sdk::SdkRoom,
+        KeySendError, MatrixError, MatrixPort, MemberDevice, OpenIdToken, RoomFacts, RoomView, Update,
+        sdk::SdkRoom,
     },
     media_keys::wire,
     member::LiveKitFocus,
@@ -94,11 +95,11 @@ impl MatrixPort for KeyTap {
         let kept = self.kept.clone();
         tokio::spawn(async move {
             while let Some(update) = from.recv().await {
-                if let Update::Key(received) = &update {
-                    if let Ok(message) = wire::parse(&received.content) {
-                        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                        kept.push((received.sender.clone(), message.key));
-                    }
+                if let Update::Key(received) = &update
+                    && let Ok(message) = wire::parse(&received.content)
+                {
+                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                    kept.push((received.sender.clone(), message.key));
                 }
                 if tx.send(update).await.is_err() {
                     return;

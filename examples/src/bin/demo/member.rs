@@ -16,8 +16,8 @@ use antiphon_call_sdk::{
     media::Recording,
     member::{LiveKitFocus, ParticipantIdentity},
 };
-use anyhow::{Context as _, Result};
 use antiphon_examples::play;
+use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use matrix_sdk::{Room, ruma::OwnedUserId};
 use tokio::task::JoinHandle;
@@ -77,14 +77,20 @@ pub(crate) struct Member {
 }
 
 impl Member {
-    pub(crate) async fn join(cast: &Cast, room: &Room, focus: &LiveKitFocus, scripts: &Scripts) -> Result<Self> {
+    pub(crate) async fn join(
+        cast: &Cast,
+        room: &Room,
+        focus: &LiveKitFocus,
+        scripts: &Scripts,
+    ) -> Result<Self> {
         let (port, kept) = KeyTap::new(SdkRoom::new(room.clone(), TrustPolicy::CrossSigned)?);
         let mut options = CallOptions::default();
         options.focus = Some(focus.clone());
         options.intent = Some("video".to_owned());
-        let (call, mut events) = Call::join_through(Arc::new(port), Arc::new(LiveKitConnector::default()), options)
-            .await
-            .with_context(|| format!("{} could not join the call", cast.name))?;
+        let (call, mut events) =
+            Call::join_through(Arc::new(port), Arc::new(LiveKitConnector::default()), options)
+                .await
+                .with_context(|| format!("{} could not join the call", cast.name))?;
         let (seen, changed) = (Arc::new(Mutex::new(Seen::default())), Arc::new(tokio::sync::Notify::new()));
         let quiet = Arc::new(AtomicBool::new(false));
         let mut tasks = Vec::new();

@@ -162,7 +162,8 @@ async fn create_room(sessions: &[Session]) -> Result<OwnedRoomId> {
     request.initial_state = vec![Raw::<AnyInitialStateEvent>::from_json_string(encryption.to_string())?];
     request.power_level_content_override =
         Some(Raw::<RoomPowerLevelsEventContent>::from_json_string(levels.to_string())?.cast_unchecked());
-    let room = sessions[0].client.create_room(request).await.context("the homeserver does not create a room")?;
+    let room =
+        sessions[0].client.create_room(request).await.context("the homeserver does not create a room")?;
     Ok(room.room_id().to_owned())
 }
 
@@ -175,7 +176,9 @@ async fn wait_for_members(session: &Session, room: &Room, count: usize) -> Resul
         }
         anyhow::Ok(())
     };
-    tokio::time::timeout(std::time::Duration::from_secs(30), complete).await.context("not all joined the room")?
+    tokio::time::timeout(std::time::Duration::from_secs(30), complete)
+        .await
+        .context("not all joined the room")?
 }
 
 fn rand_suffix() -> String {

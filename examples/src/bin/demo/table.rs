@@ -1,38 +1,46 @@
 //! The live table: what each member receives from each other member.
 
 use std::{
+    collections::HashMap,
     io::{IsTerminal as _, Write as _},
     time::{Duration, Instant},
 };
 
-use antiphon_call_sdk::call::TrackStats;
-use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use antiphon_call_sdk::{call::TrackStats, transport::TrackSid};
+use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
 use crate::member::Member;
-
-/// Redraws in place on a terminal; prints now and then elsewhere.
-pub(crate) struct LiveTable {
-    started: Instant,
-    terminal: bool,
-    lines: usize,
-    last_print: Option<Instant>,
-}
 
 /// How often a table is printed where nothing can be redrawn.
 const PRINT_EVERY: Duration = Duration::from_secs(3);
 
+/// Redraws in place on a terminal; prints now and then elsewhere.
+pub(crate) struct LiveTable {
+    terminal: bool,
+    /// How many lines of the last drawing the next one replaces.
+    lines: usize,
+    last: Option<Instant>,
+    /// Bytes per receiver and track at the last drawing: a bitrate is what came since.
+    bytes: HashMap<(&'static str, TrackSid), u64>,
+}
+
 impl LiveTable {
     pub(crate) fn new() -> Self {
-        Self { started: Instant::now(), terminal: std::io::stdout().is_terminal(), lines: 0, last_print: None }
+        Self { terminal: std::io::stdout().is_terminal(), lines: 0, last: None, bytes: HashMap::new() }
+    }
+
+    /// Leaves what is drawn where it is; the next table comes below.
+    pub(crate) fn keep(&mut self) {
+        self.lines = 0;
     }
 
     pub(crate) fn draw(&mut self, members: &[Member]) {
         let now = Instant::now();
-        if !self.terminal && self.last_print.is_some_and(|at| now - at < PRINT_EVERY) {
+        if !self.terminal && self.last.is_some_and(|at| now - at < PRINT_EVERY) {
             return;
         }
-        self.last_print = Some(now);
-        let text = render(members, self.started.elapsed());
+        let since = self.last.replace(now).map(|at| now - at);
+        let text = self.render(members, since);
         let mut out = std::io::stdout().lock();
         if self.terminal && self.lines > 0 {
             // Up over the old table, and clear from there.
@@ -42,34 +50,46 @@ impl LiveTable {
         // Nobody may be reading: the demo's verdict does not depend on it.
         let _ = writeln!(out, "{text}").and_then(|()| out.flush());
     }
+
+    fn render(&mut self, members: &[Member], since: Option<Duration>) -> String {
+        let mut table = Table::new();
+        table.load_style(UTF8_FULL_CONDENSED);
+        table.set_header([
+            "receiver",
+            "sender",
+            "track",
+            "received",
+            "decrypted",
+            "failed",
+            "no key yet",
+            "key",
+            "kbit/s",
+            "first frame",
+        ]);
+        for member in members {
+            let present = member.call.members();
+            let mut tracks = member.stats().tracks;
+            tracks.retain(|t| present.iter().any(|m| m.identity == t.identity));
+            tracks.sort_by(|a, b| (&a.identity, a.codec.is_audio()).cmp(&(&b.identity, b.codec.is_audio())));
+            for track in tracks {
+                let before = self.bytes.insert((member.name, track.sid.clone()), track.bytes);
+                let rate = since.zip(before).map(|(time, before)| kilobits(track.bytes - before, time));
+                table.add_row(row(member.name, &track, rate));
+            }
+        }
+        for column in 3..10 {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table.to_string()
+    }
 }
 
-fn render(members: &[Member], elapsed: Duration) -> String {
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY);
-    table.set_header([
-        "receiver", "sender", "track", "received", "decrypted", "failed", "no key yet", "key", "kbit/s", "first",
-    ]);
-    for member in members {
-        let mut tracks = member.stats().tracks;
-        tracks.sort_by(|a, b| (&a.identity, a.codec.is_audio()).cmp(&(&b.identity, b.codec.is_audio())));
-        for track in tracks {
-            table.add_row(row(member.name, &track, elapsed));
-        }
-    }
-    for column in 3..10 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table.to_string()
-}
-
-fn row(receiver: &str, track: &TrackStats, elapsed: Duration) -> [String; 10] {
-    let sender = track.identity.0.trim_start_matches('@').split(['-', ':']).next().unwrap_or_default().to_owned();
-    let since = elapsed.saturating_sub(track.first_opened.unwrap_or(elapsed)).as_secs_f64();
-    // A share of a second says nothing about a bitrate.
-    let rate = if since > 0.5 { format!("{:.0}", bits(track.bytes) / since / 1000.0) } else { "–".to_owned() };
+fn row(receiver: &str, track: &TrackStats, rate: Option<f64>) -> [String; 10] {
+    let none = || "–".to_owned();
+    let sender =
+        track.identity.0.trim_start_matches('@').split(['-', ':']).next().unwrap_or_default().to_owned();
     [
         receiver.to_owned(),
         sender,
@@ -78,12 +98,12 @@ fn row(receiver: &str, track: &TrackStats, elapsed: Duration) -> [String; 10] {
         track.opened.to_string(),
         track.refused.to_string(),
         track.missing_key.to_string(),
-        track.key_index.map_or_else(|| "–".to_owned(), |i| i.0.to_string()),
-        rate,
-        track.first_opened.map_or_else(|| "–".to_owned(), |d| format!("{} ms", d.as_millis())),
+        track.key_index.map_or_else(none, |i| i.0.to_string()),
+        rate.map_or_else(none, |r| format!("{r:.0}")),
+        track.first_opened.map_or_else(none, |d| format!("{} ms", d.as_millis())),
     ]
 }
 
-fn bits(bytes: u64) -> f64 {
-    f64::from(u32::try_from(bytes * 8).unwrap_or(u32::MAX))
+fn kilobits(bytes: u64, time: Duration) -> f64 {
+    f64::from(u32::try_from(bytes).unwrap_or(u32::MAX)) * 8.0 / 1000.0 / time.as_secs_f64().max(0.001)
 }

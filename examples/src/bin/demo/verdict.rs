@@ -67,15 +67,16 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     step("an intruder entered the SFU room with a valid token and no key\n");
 
     let mut table = LiveTable::new();
-    let heard_all = watch(&mut table, &members, FIRST_FRAMES, |members| members.iter().all(|m| hears(m, 2))).await;
+    let heard_all =
+        watch(&mut table, &members, FIRST_FRAMES, |members| members.iter().all(|m| hears(m, 2))).await;
     watch(&mut table, &members, talk, |_| false).await;
-    table.draw(&members);
+    table.keep();
 
     verdict.claim(members.iter().all(|m| m.call.is_encrypted()), "the call is encrypted because the room is");
     verdict.claim(heard_all, "each of three members receives picture and sound of both others");
-    let (identical, foreign) = members.iter().fold((0, 0), |(i, f), m| {
-        m.seen(|s| (i + s.identical.values().sum::<u64>(), f + s.foreign))
-    });
+    let (identical, foreign) = members
+        .iter()
+        .fold((0, 0), |(i, f), m| m.seen(|s| (i + s.identical.values().sum::<u64>(), f + s.foreign)));
     verdict.claim(
         identical > 0 && foreign == 0,
         format!("{identical} frames decrypted, every one byte for byte as its sender's encoder wrote it"),
@@ -90,7 +91,10 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     for heard in before.values() {
         opened += try_key(heard, &guess)?.1;
     }
-    verdict.claim(frames > 0 && opened == 0, format!("the intruder received {frames} frames and decrypted {opened}"));
+    verdict.claim(
+        frames > 0 && opened == 0,
+        format!("the intruder received {frames} frames and decrypted {opened}"),
+    );
 
     // One leaves, and keeps the others' keys.
     let keys_before: Vec<_> = members.iter().map(|m| m.call.own_key_index()).collect();
@@ -98,7 +102,7 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     let name = leaver.name;
     let (kept, _) = leaver.leave().await;
     step(&format!("{name} left and kept the others' keys"));
-    let rotated = watch(&mut LiveTable::new(), &members, ROTATION, |members| {
+    let rotated = watch(&mut table, &members, ROTATION, |members| {
         members.iter().zip(&keys_before).all(|(m, before)| m.call.own_key_index() != *before)
     })
     .await;
@@ -110,7 +114,7 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     // Frames that were sealed just before the change may still be under way: they are thrown away.
     tokio::time::sleep(Duration::from_secs(1)).await;
     intruder.take();
-    watch(&mut LiveTable::new(), &members, Duration::from_secs(3), |_| false).await;
+    watch(&mut table, &members, Duration::from_secs(3), |_| false).await;
     let after = intruder.take();
     for (identity, frames) in &after {
         for (_, key) in kept.iter().filter(|(sender, _)| identity.0.starts_with(&format!("{sender}:"))) {
