@@ -7,7 +7,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use rtc_media::io::ivf_reader::IVFReader;
 
 use super::{Codec, EncodedFrame, TrackSpec};
 
@@ -15,6 +14,12 @@ use super::{Codec, EncodedFrame, TrackSpec};
 const MAX_FRAMES: usize = 216_000;
 /// Largest file that is read, in bytes; recordings are held in memory.
 const MAX_FILE: u64 = 512 * 1024 * 1024;
+/// Longest recording that is played; timestamps beyond it are damage.
+const MAX_DURATION: Duration = Duration::from_secs(24 * 3600);
+/// Length of the file header of IVF, in bytes.
+const IVF_HEADER: usize = 32;
+/// Length of the header of each frame in IVF: length (4 bytes) and time (8), little-endian.
+const IVF_FRAME_HEADER: usize = 12;
 
 /// A whole recording in memory, ready to be played over and over.
 #[derive(Clone, Debug)]
@@ -90,36 +95,45 @@ impl Recording {
         })
     }
 
-    fn from_ivf(from: impl Read) -> Result<Self, RecordingError> {
-        let unusable = |e: &dyn std::fmt::Display| RecordingError::Unusable(format!("its IVF header: {e}"));
-        let (mut reader, header) = IVFReader::new(from).map_err(|e| unusable(&e))?;
-        if &header.four_cc != b"VP80" {
-            return Err(RecordingError::Unusable("its video is not VP8".to_owned()));
+    /// Every length in the file is checked against what is there before anything is allocated.
+    fn from_ivf(mut from: impl Read) -> Result<Self, RecordingError> {
+        let unusable = |what: &str| RecordingError::Unusable(what.to_owned());
+        let mut bytes = Vec::new();
+        from.by_ref().take(MAX_FILE).read_to_end(&mut bytes)?;
+        let bytes = Bytes::from(bytes);
+        let header = bytes.get(..IVF_HEADER).ok_or_else(|| unusable("its IVF header is cut short"))?;
+        if &header[8..12] != b"VP80" {
+            return Err(unusable("its video is not VP8"));
         }
-        let (numerator, denominator) =
-            (u64::from(header.timebase_numerator), u64::from(header.timebase_denominator));
+        let (denominator, numerator) = (u64::from(le32(header, 16)), u64::from(le32(header, 20)));
         if numerator == 0 || denominator == 0 {
-            return Err(RecordingError::Unusable("its time base is zero".to_owned()));
+            return Err(unusable("its time base is zero"));
         }
         let time = |units: u64| {
             Duration::from_micros(units.saturating_mul(1_000_000).saturating_mul(numerator) / denominator)
         };
         let mut frames = Vec::new();
-        // The reader says "end of file" with an error; a file that is cut short plays up to there.
-        while let Ok((payload, frame)) = reader.parse_next_frame() {
+        let mut at = usize::from(le16(header, 6)).max(IVF_HEADER);
+        // A file that is cut short plays up to there.
+        while let Some(frame) = bytes.get(at..at + IVF_FRAME_HEADER) {
+            let length = usize::try_from(le32(frame, 0)).unwrap_or(usize::MAX);
+            let units = u64::from(le32(frame, 4)) | u64::from(le32(frame, 8)) << 32;
+            let start = at + IVF_FRAME_HEADER;
+            let Some(end) = start.checked_add(length).filter(|end| *end <= bytes.len()) else { break };
             if frames.len() == MAX_FRAMES {
-                return Err(RecordingError::Unusable("it has more than 216,000 frames".to_owned()));
+                return Err(unusable("it has more than 216,000 frames"));
             }
-            frames.push(EncodedFrame { payload: payload.freeze(), timestamp: time(frame.timestamp) });
+            frames.push(EncodedFrame { payload: bytes.slice(start..end), timestamp: time(units) });
+            at = end;
         }
-        let last = frames.last().ok_or_else(|| RecordingError::Unusable("it has no frame".to_owned()))?;
-        let duration = last.timestamp + time(1);
-        Ok(Self {
-            codec: Codec::Vp8,
-            dimensions: (u32::from(header.width), u32::from(header.height)),
-            frames,
-            duration,
-        })
+        let last = frames.last().ok_or_else(|| unusable("it has no frame"))?;
+        let longest = frames.iter().map(|f| f.timestamp).max().unwrap_or_default();
+        if longest > MAX_DURATION {
+            return Err(unusable("its frames claim to last longer than a day"));
+        }
+        let duration = last.timestamp + time(1).min(MAX_DURATION);
+        let dimensions = (u32::from(le16(header, 12)), u32::from(le16(header, 14)));
+        Ok(Self { codec: Codec::Vp8, dimensions, frames, duration })
     }
 
     fn from_ogg(from: impl Read + Seek) -> Result<Self, RecordingError> {
@@ -159,6 +173,14 @@ pub enum RecordingError {
     /// The file is not something that we can play.
     #[error("the recording cannot be played: {0}; VP8 in IVF and Opus in Ogg can")]
     Unusable(String),
+}
+
+fn le16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn le32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 /// How long an Opus packet plays, from its first bytes (RFC 6716 §3.1, §3.2); `None` if it breaks the rules.

@@ -14,8 +14,8 @@ use matrix_sdk::ruma::OwnedRoomId;
 
 /// Plays a VP8 file (.ivf) and an Opus file (.ogg) into the call of a Matrix room, until you press Ctrl-C.
 ///
-/// Example: file_player --homeserver https://matrix.example --user bot --password … --room '!abc:example'
-/// examples/media/alice.ivf examples/media/alice.ogg
+/// Example: `file_player --homeserver https://matrix.example --user bot --room '!abc:example'
+/// examples/media/alice.ivf examples/media/alice.ogg` with the password in MATRIX_PASSWORD.
 #[derive(Parser)]
 struct Options {
     /// Base URL of the homeserver.
