@@ -6,8 +6,9 @@
 use std::{sync::Arc, time::Duration};
 
 use antiphon_call_sdk::{
-    call::{LocalTrack, WriteError},
+    call::{Call, CallEvents, CallOptions, LocalTrack, WriteError},
     frame_crypto::SealError,
+    matrix::TrustPolicy,
     media::Recording,
 };
 use anyhow::{Context as _, Result};
@@ -27,6 +28,43 @@ pub fn init() {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,matrix_sdk=off,matrix_sdk_crypto=off,rtc=off,rtc_ice=off,rtc_dtls=off,rtc_sctp=off,webrtc=off"));
     // Err means that a subscriber is installed, for instance by a test.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Which user an example is, and in which room.
+#[derive(Debug, clap::Args)]
+pub struct Place {
+    /// Base URL of the homeserver.
+    #[arg(long)]
+    pub homeserver: String,
+    /// User name.
+    #[arg(long)]
+    pub user: String,
+    /// Password; better in the environment than on the command line.
+    #[arg(long, env = "MATRIX_PASSWORD", hide_env_values = true)]
+    pub password: String,
+    /// Room id; the room is joined if we are invited or it is public.
+    #[arg(long)]
+    pub room: OwnedRoomId,
+    /// Talk to clients whose device its owner has not cross-signed, as Element Call on its own.
+    #[arg(long)]
+    pub trust_any_device: bool,
+}
+
+impl Place {
+    /// Logs in, enters the room and joins its call.
+    ///
+    /// # Errors
+    /// What the homeserver or the focus say if they do not let us in.
+    pub async fn join_call(&self) -> Result<(Session, Call, CallEvents)> {
+        let session = Session::log_in(&self.homeserver, &self.user, &self.password).await?;
+        let room = session.enter(&self.room).await?;
+        let mut options = CallOptions::default();
+        if self.trust_any_device {
+            options.trust = TrustPolicy::AnyDevice;
+        }
+        let (call, events) = Call::join(&room, options).await?;
+        Ok((session, call, events))
+    }
 }
 
 /// A logged-in client that keeps syncing until it is dropped.

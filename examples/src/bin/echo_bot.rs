@@ -4,39 +4,26 @@
 use std::collections::HashMap;
 
 use antiphon_call_sdk::{
-    call::{Call, CallEvent, CallOptions, LocalTrack},
+    call::{CallEvent, LocalTrack},
     media::{Codec, TrackSpec},
     member::ParticipantIdentity,
 };
-use antiphon_examples::{Session, init};
+use antiphon_examples::{Place, init};
 use anyhow::Result;
 use clap::Parser;
-use matrix_sdk::ruma::OwnedRoomId;
 
 /// Joins the call of a Matrix room and sends back what it hears: one track per member, until you press Ctrl-C.
 #[derive(Parser)]
 struct Options {
-    /// Base URL of the homeserver.
-    #[arg(long)]
-    homeserver: String,
-    /// User name.
-    #[arg(long)]
-    user: String,
-    /// Password; better in the environment than on the command line.
-    #[arg(long, env = "MATRIX_PASSWORD", hide_env_values = true)]
-    password: String,
-    /// Room id; the room is joined if we are invited or it is public.
-    #[arg(long)]
-    room: OwnedRoomId,
+    #[command(flatten)]
+    place: Place,
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     init();
     let options = Options::parse();
-    let session = Session::log_in(&options.homeserver, &options.user, &options.password).await?;
-    let room = session.enter(&options.room).await?;
-    let (call, mut events) = Call::join(&room, CallOptions::default()).await?;
+    let (_session, call, mut events) = options.place.join_call().await?;
     println!("listening as {}", call.identity());
     let mut echoes: HashMap<ParticipantIdentity, LocalTrack> = HashMap::new();
     loop {

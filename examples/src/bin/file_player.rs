@@ -3,14 +3,10 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use antiphon_call_sdk::{
-    call::{Call, CallEvent, CallOptions},
-    media::Recording,
-};
-use antiphon_examples::{Session, init, play};
+use antiphon_call_sdk::{call::CallEvent, media::Recording};
+use antiphon_examples::{Place, init, play};
 use anyhow::Result;
 use clap::Parser;
-use matrix_sdk::ruma::OwnedRoomId;
 
 /// Plays a VP8 file (.ivf) and an Opus file (.ogg) into the call of a Matrix room, until you press Ctrl-C.
 ///
@@ -18,18 +14,8 @@ use matrix_sdk::ruma::OwnedRoomId;
 /// examples/media/alice.ivf examples/media/alice.ogg` with the password in MATRIX_PASSWORD.
 #[derive(Parser)]
 struct Options {
-    /// Base URL of the homeserver.
-    #[arg(long)]
-    homeserver: String,
-    /// User name.
-    #[arg(long)]
-    user: String,
-    /// Password; better in the environment than on the command line.
-    #[arg(long, env = "MATRIX_PASSWORD", hide_env_values = true)]
-    password: String,
-    /// Room id; the room is joined if we are invited or it is public.
-    #[arg(long)]
-    room: OwnedRoomId,
+    #[command(flatten)]
+    place: Place,
     /// Recordings to play, each as a track of its own.
     #[arg(required = true)]
     files: Vec<PathBuf>,
@@ -40,9 +26,7 @@ async fn main() -> Result<()> {
     init();
     let options = Options::parse();
     let recordings: Vec<_> = options.files.iter().map(Recording::open).collect::<Result<_, _>>()?;
-    let session = Session::log_in(&options.homeserver, &options.user, &options.password).await?;
-    let room = session.enter(&options.room).await?;
-    let (call, mut events) = Call::join(&room, CallOptions::default()).await?;
+    let (_session, call, mut events) = options.place.join_call().await?;
     println!("joined as {}, encrypted: {}", call.identity(), call.is_encrypted());
     for recording in recordings.into_iter().map(Arc::new) {
         let track = call.publish(recording.track()).await?;

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::support::{create_call_room, hears, play_into, sound_and_picture, turn};
 use antiphon_call_sdk::{
     call::{Call, CallOptions},
     foci::TokenClient,
@@ -23,14 +24,6 @@ use antiphon_testkit::{
         browser::{Browser, FrameKey, LiveKitJoin, LiveKitStats},
     },
 };
-use matrix_sdk::ruma::{
-    api::client::room::create_room,
-    events::{AnyInitialStateEvent, room::power_levels::RoomPowerLevelsEventContent},
-    serde::Raw,
-};
-use serde_json::json;
-
-use crate::support::{hears, play_into, sound_and_picture, turn};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -54,18 +47,7 @@ async fn each_decrypts_the_other_and_a_wrong_key_decrypts_nothing() {
     }
     let alice = Session::log_in(homeserver.url(), "alice", "pw").await.unwrap();
     let bob = Session::log_in(homeserver.url(), "bob", "pw").await.unwrap();
-    let room_id = {
-        let encryption = json!({ "type": "m.room.encryption", "state_key": "",
-            "content": { "algorithm": "m.megolm.v1.aes-sha2" } });
-        let levels = json!({ "events": { STATE_TYPE: 0 } }).to_string();
-        let mut request = create_room::v3::Request::new();
-        request.preset = Some(create_room::v3::RoomPreset::PublicChat);
-        request.initial_state =
-            vec![Raw::<AnyInitialStateEvent>::from_json_string(encryption.to_string()).unwrap()];
-        request.power_level_content_override =
-            Some(Raw::<RoomPowerLevelsEventContent>::from_json_string(levels).unwrap().cast_unchecked());
-        alice.client.create_room(request).await.unwrap().room_id().to_owned()
-    };
+    let room_id = create_call_room(&alice).await;
     let alices_room = alice.enter(&room_id).await.unwrap();
     let bobs_room = bob.enter(&room_id).await.unwrap();
 

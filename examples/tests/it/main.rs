@@ -7,3 +7,4 @@ mod an_element_call_shares_a_call;
 mod garbage_does_not_disturb_a_call;
 mod support;
 mod the_demo_holds_on_every_back_end;
+mod the_examples_play_and_echo;

@@ -5,8 +5,16 @@ use std::time::Duration;
 use antiphon_call_sdk::{
     call::{Call, CallEvent, CallEvents, CallStats},
     media::Recording,
+    membership::wire::STATE_TYPE,
 };
-use antiphon_examples::play;
+use antiphon_examples::{Session, play};
+use matrix_sdk::ruma::{
+    OwnedRoomId,
+    api::client::room::create_room,
+    events::{AnyInitialStateEvent, room::power_levels::RoomPowerLevelsEventContent},
+    serde::Raw,
+};
+use serde_json::json;
 use tokio::{
     sync::{Mutex, MutexGuard},
     task::JoinHandle,
@@ -19,6 +27,20 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 pub(crate) async fn turn() -> MutexGuard<'static, ()> {
     antiphon_examples::init();
     ONE_AT_A_TIME.lock().await
+}
+
+/// Makes an encrypted room that anybody may join and whose members may all join its call.
+pub(crate) async fn create_call_room(creator: &Session) -> OwnedRoomId {
+    let encryption = json!({ "type": "m.room.encryption", "state_key": "",
+        "content": { "algorithm": "m.megolm.v1.aes-sha2" } });
+    let levels = json!({ "events": { STATE_TYPE: 0 } }).to_string();
+    let mut request = create_room::v3::Request::new();
+    request.preset = Some(create_room::v3::RoomPreset::PublicChat);
+    request.initial_state =
+        vec![Raw::<AnyInitialStateEvent>::from_json_string(encryption.to_string()).unwrap()];
+    request.power_level_content_override =
+        Some(Raw::<RoomPowerLevelsEventContent>::from_json_string(levels).unwrap().cast_unchecked());
+    creator.client.create_room(request).await.unwrap().room_id().to_owned()
 }
 
 /// Publishes a picture and a sound of the examples and keeps playing them.
