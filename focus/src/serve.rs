@@ -67,7 +67,10 @@ impl Focus {
         tokio::spawn(async move {
             while let Some(command) = queue.recv().await {
                 if plane.send(command).await.is_err() {
-                    tracing::error!("the media plane has stopped");
+                    // After a shutdown nobody holds the other end any more, and the plane may stop.
+                    if !queue.is_closed() {
+                        tracing::error!("the media plane has stopped");
+                    }
                     return;
                 }
             }
