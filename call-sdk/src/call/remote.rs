@@ -20,7 +20,6 @@ use crate::{
 pub(super) struct Remote {
     rings: HashMap<ParticipantIdentity, KeyRing>,
     tracks: BTreeMap<(LiveKitFocus, TrackSid), Track>,
-    sif_trailers: HashMap<LiveKitFocus, Bytes>,
 }
 
 #[derive(Debug)]
@@ -37,7 +36,7 @@ pub(super) enum Inbound {
     Frame { track: RemoteTrack, frame: EncodedFrame, index: Option<KeyIndex> },
     /// It did not open.
     Refused { source: TrackSource, reason: OpenError },
-    /// It says nothing: empty, or a blank that the SFU put in for a muted track.
+    /// It is empty and says nothing.
     Silent,
 }
 
@@ -63,10 +62,6 @@ impl Remote {
         for ring in self.rings.values() {
             ring.retire(now);
         }
-    }
-
-    pub(super) fn set_sif_trailer(&mut self, focus: LiveKitFocus, trailer: Bytes) {
-        self.sif_trailers.insert(focus, trailer);
     }
 
     pub(super) fn update_track(
@@ -96,7 +91,6 @@ impl Remote {
     /// Forgets every track that came over a focus, and returns who published what.
     pub(super) fn end_focus(&mut self, focus: &LiveKitFocus) -> Vec<(ParticipantIdentity, TrackSid)> {
         let ended: Vec<_> = self.tracks.keys().filter(|(f, _)| f == focus).cloned().collect();
-        self.sif_trailers.remove(focus);
         ended.into_iter().filter_map(|key| self.tracks.remove(&key).map(|t| (t.identity, key.1))).collect()
     }
 
@@ -151,8 +145,8 @@ impl Remote {
         }
         let Some((_, decryptor)) = &mut track.decryptor else { return Inbound::Silent };
         let mut plain = Vec::new();
-        let trailer = self.sif_trailers.get(focus).map(Bytes::as_ref);
-        match decryptor.open(now, &wire.payload, trailer, &mut plain) {
+        // The transport has dropped what the SFU injects, so no trailer is expected here.
+        match decryptor.open(now, &wire.payload, None, &mut plain) {
             Ok(Opened::Frame(index)) => {
                 let frame = EncodedFrame { payload: Bytes::from(plain), timestamp };
                 Inbound::Frame { track: track.info.clone(), frame, index: Some(index) }

@@ -438,7 +438,6 @@ impl Shell {
 
     async fn on_media(&mut self, focus: LiveKitFocus, event: TransportEvent) {
         match event {
-            TransportEvent::Joined { sif_trailer } => self.remote.set_sif_trailer(focus, sif_trailer),
             TransportEvent::Frame { identity, sid, codec, frame } => {
                 // Membership is Matrix's word; the SFU's participants are only looked up in it.
                 let Some(member) = self.member_on(&focus, &identity).cloned() else {

@@ -50,11 +50,6 @@ pub struct RemoteTrack {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TransportEvent {
-    /// The SFU let us in, for the first time or again.
-    Joined {
-        /// The trailer of frames that the SFU injects (`JoinResponse.sif_trailer`); empty if it injects none.
-        sif_trailer: Bytes,
-    },
     /// A participant is in the SFU room.
     ParticipantJoined {
         /// Who, by the SFU's word.
@@ -79,7 +74,7 @@ pub enum TransportEvent {
         /// Which one.
         sid: TrackSid,
     },
-    /// A whole frame arrived.
+    /// A whole frame arrived. Frames that the SFU injects into encrypted tracks are not among them.
     Frame {
         /// Who publishes the track that it came on.
         identity: ParticipantIdentity,
