@@ -25,7 +25,7 @@ use matrix_sdk::Room;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    foci::{self, FocusError, TokenClient},
+    foci::{self, FocusError},
     frame_crypto::FrameEncryptor,
     key::KeyIndex,
     matrix::{MatrixError, MatrixPort, MemberDevice, RoomFacts, TrustPolicy, sdk::SdkRoom},
@@ -36,7 +36,7 @@ use crate::{
         own::{OwnConfig, Status},
         wire::OwnDescription,
     },
-    transport::{LocalTrackId, RemoteTrack, TrackSid, TransportError},
+    transport::{LocalTrackId, RemoteTrack, TrackSid, TransportError, livekit::Bind},
 };
 
 mod connections;
@@ -45,7 +45,7 @@ mod remote;
 mod shell;
 mod stats;
 
-pub use connections::{Connected, Connector, LiveKitConnector};
+pub use connections::{ConnectError, Connected, Connector, LiveKitConnector};
 pub use outgoing::{LocalTrack, WriteError};
 pub use stats::{CallStats, TrackStats};
 
@@ -231,7 +231,7 @@ impl Call {
     /// [`CallError`]; nothing stays behind in the room.
     pub async fn join(room: &Room, options: CallOptions) -> Result<(Self, CallEvents), CallError> {
         let port = Arc::new(SdkRoom::new(room.clone(), options.trust)?);
-        Self::join_through(port, Arc::new(LiveKitConnector::default()), options).await
+        Self::join_through(port, Arc::new(LiveKitConnector::new(Bind::Auto)?), options).await
     }
 
     /// [`Call::join`] through another port to Matrix or another way to connect to an SFU.
@@ -243,7 +243,7 @@ impl Call {
         connector: Arc<dyn Connector>,
         options: CallOptions,
     ) -> Result<(Self, CallEvents), CallError> {
-        let started = std::time::Instant::now();
+        let started = tokio::time::Instant::now().into_std();
         let facts: RoomFacts = port.room_facts().await?;
         if options.encryption == EncryptionPolicy::Required && !facts.encrypted {
             return Err(CallError::RoomNotEncrypted);
@@ -251,9 +251,7 @@ impl Call {
         // Listening starts before the first look at the room, so that no key message falls between.
         let updates = port.updates().await;
         let focus = foci::choose(options.focus.clone(), port.as_ref()).await?;
-        let tokens = TokenClient::new()?;
-        let access = tokens.sfu_get(&focus, port.as_ref()).await?;
-        let (transport, media) = connector.connect(access).await?;
+        let (transport, media) = connector.connect(&focus, port.as_ref()).await?;
 
         let description = OwnDescription {
             user_id: port.user_id().to_owned(),
@@ -275,7 +273,6 @@ impl Call {
         let mut shell = Shell::new(shell::Parts {
             port,
             connector,
-            tokens,
             options,
             facts: facts.clone(),
             focus: focus.clone(),
@@ -432,4 +429,13 @@ pub enum CallError {
     /// The homeserver took too long.
     #[error("the homeserver did not accept our call membership within {0:?}")]
     JoinTimeout(Duration),
+}
+
+impl From<ConnectError> for CallError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Focus(error) => Self::Focus(error),
+            ConnectError::Transport(error) => Self::Transport(error),
+        }
+    }
 }

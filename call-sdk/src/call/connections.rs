@@ -6,7 +6,9 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use crate::{
-    foci::SfuAccess,
+    foci::{FocusError, TokenClient},
+    matrix::MatrixPort,
+    member::LiveKitFocus,
     transport::{
         MediaTransport, TransportError, TransportEvent,
         livekit::{Bind, ConnectOptions, LiveKitTransport},
@@ -19,29 +21,46 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 /// A connected transport and what it tells.
 pub type Connected = (Arc<dyn MediaTransport>, mpsc::Receiver<TransportEvent>);
 
-/// How a call connects to an SFU: the seam that tests and other transports use.
+/// How a call gets into the SFU room of a focus: the seam that tests and other transports use.
 #[async_trait]
 pub trait Connector: Send + Sync + fmt::Debug {
-    /// Connects with the access that an authorisation service gave.
-    async fn connect(&self, access: SfuAccess) -> Result<Connected, TransportError>;
+    /// Gets access to the call's room at `focus` for the device behind `port`, and connects.
+    async fn connect(&self, focus: &LiveKitFocus, port: &dyn MatrixPort) -> Result<Connected, ConnectError>;
 }
 
-/// Connects to LiveKit SFUs.
+/// Why a focus could not be connected to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// No token.
+    #[error(transparent)]
+    Focus(#[from] FocusError),
+    /// No connection.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}
+
+/// Connects to LiveKit SFUs with a token of the focus's authorisation service.
 #[derive(Clone, Debug)]
 pub struct LiveKitConnector {
-    /// On which local addresses media travels.
-    pub bind: Bind,
+    tokens: TokenClient,
+    bind: Bind,
 }
 
-impl Default for LiveKitConnector {
-    fn default() -> Self {
-        Self { bind: Bind::Auto }
+impl LiveKitConnector {
+    /// A connector that sends media from these local addresses.
+    ///
+    /// # Errors
+    /// [`FocusError::Http`] if the TLS stack cannot start.
+    pub fn new(bind: Bind) -> Result<Self, FocusError> {
+        Ok(Self { tokens: TokenClient::new()?, bind })
     }
 }
 
 #[async_trait]
 impl Connector for LiveKitConnector {
-    async fn connect(&self, access: SfuAccess) -> Result<Connected, TransportError> {
+    async fn connect(&self, focus: &LiveKitFocus, port: &dyn MatrixPort) -> Result<Connected, ConnectError> {
+        let access = self.tokens.sfu_get(focus, port).await?;
         let mut options = ConnectOptions::new(access.url, access.jwt);
         options.bind = self.bind.clone();
         let (transport, events) = LiveKitTransport::connect(options).await?;

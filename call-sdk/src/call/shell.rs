@@ -21,7 +21,6 @@ use super::{
     stats::{Arrival, Counters},
 };
 use crate::{
-    foci::TokenClient,
     frame_crypto::OpenError,
     matrix::{KeySendError, MatrixError, MatrixPort, MemberDevice, RoomFacts, RoomView, TrustPolicy, Update},
     media_keys::{
@@ -69,7 +68,6 @@ enum Done {
 pub(super) struct Parts {
     pub(super) port: Arc<dyn MatrixPort>,
     pub(super) connector: Arc<dyn Connector>,
-    pub(super) tokens: TokenClient,
     pub(super) options: CallOptions,
     pub(super) facts: RoomFacts,
     pub(super) focus: LiveKitFocus,
@@ -147,7 +145,7 @@ impl Shell {
             work: JoinSet::new(),
             view: ViewState::default(),
             keyless: HashMap::new(),
-            next_retire: Instant::now() + RETIRE_EVERY,
+            next_retire: instant() + RETIRE_EVERY,
             ending: None,
             parts,
         }
@@ -352,7 +350,7 @@ impl Shell {
             }
             Err(reason) => {
                 let failures = failures + 1;
-                let until = Instant::now() + retry_delay(failures);
+                let until = instant() + retry_delay(failures);
                 self.connections.insert(focus.clone(), Connection::Waiting { failures, until });
                 self.tell(CallEvent::FocusFailed { focus, reason });
             }
@@ -444,7 +442,7 @@ impl Shell {
                     self.parts.stats.unattributed();
                     return;
                 };
-                let now = Instant::now();
+                let now = instant();
                 let from = (&focus, &identity, &sid);
                 let bytes = frame.payload.len();
                 let encrypted = self.parts.facts.encrypted;
@@ -493,7 +491,7 @@ impl Shell {
                         self.tell(CallEvent::TrackEnded { member, sid });
                     }
                 }
-                let until = Instant::now() + retry_delay(1);
+                let until = instant() + retry_delay(1);
                 self.connections.insert(focus.clone(), Connection::Waiting { failures: 1, until });
                 self.tell(CallEvent::FocusFailed { focus, reason });
             }
@@ -515,15 +513,10 @@ impl Shell {
                 Some(_) => continue,
             };
             self.connections.insert(focus.clone(), Connection::Connecting { failures });
-            let (tokens, port) = (self.parts.tokens.clone(), self.parts.port.clone());
-            let connector = self.parts.connector.clone();
+            let (port, connector) = (self.parts.port.clone(), self.parts.connector.clone());
             self.work.spawn(async move {
-                let result = async {
-                    let access = tokens.sfu_get(&focus, port.as_ref()).await.map_err(|e| describe(&e))?;
-                    connector.connect(access).await.map_err(|e| describe(&e))
-                };
-                let result = result.await;
-                Done::Connected(focus, result)
+                let result = connector.connect(&focus, port.as_ref()).await;
+                Done::Connected(focus, result.map_err(|e| describe(&e)))
             });
         }
     }
@@ -572,13 +565,13 @@ impl Shell {
             return;
         }
         self.own.handle(now(), Input::Leave);
-        let deadline = Instant::now() + LEAVE_TIMEOUT;
+        let deadline = instant() + LEAVE_TIMEOUT;
         self.ending = Some(Ending { reason, deadline, waiters: Vec::new() });
     }
 
     fn is_over(&self) -> bool {
         self.ending.as_ref().is_some_and(|ending| {
-            *self.parts.status.borrow() == Status::Disconnected || Instant::now() >= ending.deadline
+            *self.parts.status.borrow() == Status::Disconnected || instant() >= ending.deadline
         })
     }
 
@@ -600,9 +593,14 @@ impl Shell {
     }
 }
 
+/// The runtime's clock, which tests can drive.
+fn instant() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
 fn now() -> Now {
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Now { instant: Instant::now(), unix: UnixMillis(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)) }
+    Now { instant: instant(), unix: UnixMillis(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)) }
 }
 
 /// An error with its causes on one line.

@@ -15,6 +15,7 @@ use antiphon_call_sdk::{
     matrix::{TrustPolicy, sdk::SdkRoom},
     media::Recording,
     member::{LiveKitFocus, ParticipantIdentity},
+    transport::livekit::Bind,
 };
 use antiphon_examples::play;
 use anyhow::{Context as _, Result};
@@ -88,7 +89,7 @@ impl Member {
         options.focus = Some(focus.clone());
         options.intent = Some("video".to_owned());
         let (call, mut events) =
-            Call::join_through(Arc::new(port), Arc::new(LiveKitConnector::default()), options)
+            Call::join_through(Arc::new(port), Arc::new(LiveKitConnector::new(Bind::Auto)?), options)
                 .await
                 .with_context(|| format!("{} could not join the call", cast.name))?;
         let (seen, changed) = (Arc::new(Mutex::new(Seen::default())), Arc::new(tokio::sync::Notify::new()));
