@@ -1,4 +1,5 @@
 //! A homeserver and an SFU that follow a script: calls on virtual time, without a network.
+#![allow(clippy::disallowed_methods, reason = "a homeserver stamps its events with the wall clock")]
 
 use std::{
     sync::{Arc, Mutex},
