@@ -46,7 +46,7 @@ const commands = {
   "livekit.connect": async (args) => {
     const { number, page } = await open();
     await page.goto(`${livekitFiles.base}/`);
-    await page.waitForFunction(() => window.antiphon);
+    await page.waitForFunction(() => window.antiphon, undefined, { polling: 100 });
     const joined = await inPage(number, "connect", args);
     return { page: number, ...joined, version: await page.evaluate(() => window.LivekitClient.version) };
   },
