@@ -265,6 +265,21 @@ impl jwt::Sfu for OwnRooms {
             .map(|room| jwt::SfuRoom::new(room.sid))
             .map_err(|error: AdminError| jwt::SfuError::Ours(error.into()))
     }
+
+    async fn participant(
+        &self,
+        room: &str,
+        identity: &str,
+    ) -> Result<Option<jwt::SfuParticipant>, jwt::SfuError> {
+        let (room, identity) = (room.to_owned(), identity.to_owned());
+        let found = self
+            .0
+            .call(move |rooms, _| rooms.participant(&room, &identity))
+            .await
+            .map_err(|stopped| jwt::SfuError::Ours(stopped.into()))?;
+        // The rooms are in this process, so the only thing that can be wrong is that it is not there.
+        Ok(found.ok().map(|participant| jwt::SfuParticipant::new(participant.sid)))
+    }
 }
 
 async fn accept(listener: TcpListener, router: Router, stop: CancellationToken, connections: TaskTracker) {

@@ -9,13 +9,18 @@ use sha2::{Digest as _, Sha256};
 pub const LEGACY_SLOT: &str = "m.call#ROOM";
 
 /// The LiveKit room name of one slot in one Matrix room.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RoomAlias(String);
 
 impl RoomAlias {
     /// The alias of `slot_id` in `room_id`: `H(room_id, slot_id)` (MSC4195).
     pub fn of_slot(room_id: &str, slot_id: &str) -> Self {
         Self(hash(&[room_id, slot_id]))
+    }
+
+    /// The alias as the SFU or a store names it.
+    pub(crate) fn from_sfu(name: impl Into<String>) -> Self {
+        Self(name.into())
     }
 
     /// The alias as the SFU sees it.
@@ -31,7 +36,7 @@ impl fmt::Display for RoomAlias {
 }
 
 /// The LiveKit participant identity of one membership.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ParticipantIdentity(String);
 
 impl ParticipantIdentity {
@@ -50,6 +55,11 @@ impl ParticipantIdentity {
             .split_once(':')
             .is_some_and(|(head, _)| !head.is_empty() && head.bytes().all(|b| b.is_ascii_digit()));
         (!ambiguous).then(|| Self(format!("{user_id}:{device_id}")))
+    }
+
+    /// The identity as the SFU or a store names it.
+    pub(crate) fn from_sfu(name: impl Into<String>) -> Self {
+        Self(name.into())
     }
 
     /// The identity as the SFU sees it.

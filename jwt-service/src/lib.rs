@@ -5,7 +5,7 @@
 //! LiveKit token.
 //!
 //! What it refuses to do: follow a stranger's server name to private addresses, follow redirects with a token
-//! in hand, wait without limit, store anything, or write tokens and Matrix IDs to its log. What it cannot do:
+//! in hand, wait without limit, or write tokens and Matrix IDs to its log. What it cannot do:
 //! check room membership. Any user of any homeserver gets a token for any room they can name; the media are
 //! protected by their end-to-end encryption alone.
 //!
@@ -29,29 +29,43 @@
 //! ```
 
 mod config;
+pub mod delegation;
 mod http;
 mod identity;
+mod limits;
+mod metrics;
 mod openid;
 mod secret;
 mod serve;
 mod sfu;
+pub mod store;
 mod token;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use axum::Router;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 pub use self::{
-    config::{Bind, Config, ConfigError, FullAccess, Limits, LogLevel, Settings, TlsPolicy, Warning},
+    config::{
+        Bind, Config, ConfigError, FullAccess, Limits, LogFormat, LogLevel, Network, Rate, SETTINGS, Setting,
+        Settings, Sources, TlsFiles, TlsPolicy, TrustedProxies, Warning,
+    },
+    delegation::DelegationConfig,
     identity::{LEGACY_SLOT, ParticipantIdentity, RoomAlias},
     openid::{Host, InvalidServerName, Resolve, ResolveError, ServerName, SrvRecord, SystemResolver},
     secret::Secret,
-    serve::{listen, serve},
-    sfu::{DEPARTURE_TIMEOUT, EMPTY_TIMEOUT, Sfu, SfuError, SfuRoom, TwirpSfu},
+    serve::{Certificate, CertificateError, Listener, listen, serve, serve_with},
+    sfu::{DEPARTURE_TIMEOUT, EMPTY_TIMEOUT, Sfu, SfuError, SfuParticipant, SfuRoom, TwirpSfu},
     token::{TokenError, TokenSigner},
 };
-use self::{http::error::Refusal, openid::Verifier};
+use self::{
+    delegation::Delegation,
+    http::{Replays, error::Refusal, limits::Limiter, readyz::Readiness},
+    metrics::{CountedSfu, CountedStore, Metrics},
+    openid::Verifier,
+    store::Store,
+};
 
 /// The authorisation service. Cloning it gives another handle to the same one.
 #[derive(Clone)]
@@ -62,8 +76,13 @@ pub(crate) struct Inner {
     settings: Settings,
     signer: TokenSigner,
     sfu: Arc<dyn Sfu>,
-    verifier: Verifier,
+    verifier: Arc<Verifier>,
     places: Semaphore,
+    delegation: Option<Delegation>,
+    replays: Replays,
+    limiter: Limiter,
+    metrics: Metrics,
+    readiness: Readiness,
 }
 
 impl Service {
@@ -86,15 +105,122 @@ impl Service {
         sfu: Arc<dyn Sfu>,
         resolver: Arc<dyn Resolve>,
     ) -> Result<Self, ServiceError> {
-        let signer = TokenSigner::new(&settings.key, settings.secret.clone())?;
-        let verifier = Verifier::new(&settings, resolver).map_err(|e| ServiceError::Tls(e.into()))?;
-        let places = Semaphore::new(settings.limits.in_flight.min(Semaphore::MAX_PERMITS));
-        Ok(Self(Arc::new(Inner { settings, signer, sfu, verifier, places })))
+        Self::make(settings, sfu, resolver, None)
     }
 
-    /// The endpoints, without a path prefix: `/get_token`, `/sfu/get`, `/delegate_delayed_leave`, `/healthz`.
+    /// A service that also takes delayed leaves over, and keeps them in `store`. It looks names up with the
+    /// system's name servers. Await [`Self::restore`] before you serve [`Self::router`].
+    ///
+    /// # Errors
+    /// [`ServiceError`] if the settings cannot work, or this machine offers no TLS or name resolution.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime, because jobs need one.
+    pub fn with_store(
+        settings: Settings,
+        sfu: Arc<dyn Sfu>,
+        store: Arc<dyn Store>,
+        config: DelegationConfig,
+    ) -> Result<Self, ServiceError> {
+        let resolver = SystemResolver::new().map_err(ServiceError::Resolver)?;
+        Self::with_store_and_resolver(settings, sfu, store, config, Arc::new(resolver))
+    }
+
+    /// The same with another way to look names up.
+    ///
+    /// # Errors
+    /// [`ServiceError`] if the settings cannot work, or this machine offers no TLS.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime, because jobs need one.
+    pub fn with_store_and_resolver(
+        settings: Settings,
+        sfu: Arc<dyn Sfu>,
+        store: Arc<dyn Store>,
+        config: DelegationConfig,
+        resolver: Arc<dyn Resolve>,
+    ) -> Result<Self, ServiceError> {
+        Self::make(settings, sfu, resolver, Some((store, config)))
+    }
+
+    fn make(
+        settings: Settings,
+        sfu: Arc<dyn Sfu>,
+        resolver: Arc<dyn Resolve>,
+        delegation: Option<(Arc<dyn Store>, DelegationConfig)>,
+    ) -> Result<Self, ServiceError> {
+        let signer = TokenSigner::new(&settings.key, settings.secret.clone())?;
+        let metrics = Metrics::new().map_err(|e| ServiceError::Metrics(e.into()))?;
+        let sfu: Arc<dyn Sfu> = Arc::new(CountedSfu { sfu, metrics: metrics.clone() });
+        let verifier =
+            Verifier::new(&settings, resolver, metrics.clone()).map_err(|e| ServiceError::Tls(e.into()))?;
+        let verifier = Arc::new(verifier);
+        let places = Semaphore::new(settings.limits.in_flight.min(Semaphore::MAX_PERMITS));
+        let limiter = Limiter::new(&settings.limits, metrics.clone());
+        let delegation = delegation.map(|(store, config)| {
+            let store: Arc<dyn Store> = Arc::new(CountedStore { store, metrics: metrics.clone() });
+            (store, config)
+        });
+        let store = delegation.as_ref().map(|(store, _)| store.clone());
+        let readiness = Readiness::new(sfu.clone(), store, metrics.clone());
+        let delegation =
+            delegation.map(|(store, config)| Delegation::start(config, sfu.clone(), store, verifier.clone()));
+        let replays = Replays::default();
+        Ok(Self(Arc::new(Inner {
+            settings,
+            signer,
+            sfu,
+            verifier,
+            places,
+            delegation,
+            replays,
+            limiter,
+            metrics,
+            readiness,
+        })))
+    }
+
+    /// Takes the delayed leaves up that are in the store. To be awaited once, before requests and webhooks
+    /// come in: right after a start the first webhook may already be about one of them.
+    pub async fn restore(&self) {
+        if let Some(delegation) = &self.0.delegation {
+            delegation.restore().await;
+        }
+        self.0.readiness.restored();
+    }
+
+    /// Takes no more delayed leaves, finishes those that are being sent, within `grace`, and leaves all others
+    /// in the store to the next process.
+    pub async fn shutdown(&self, grace: Duration) {
+        self.0.readiness.stopping();
+        if let Some(delegation) = &self.0.delegation {
+            delegation.shutdown(grace).await;
+        }
+    }
+
+    /// How many delayed leaves there are and were; `None` if this service takes none.
+    pub fn delegation_stats(&self) -> Option<delegation::Stats> {
+        self.0.delegation.as_ref().map(Delegation::stats)
+    }
+
+    /// The endpoints, without a path prefix: `/get_token`, `/sfu/get`, `/delegate_delayed_leave`, `/healthz`,
+    /// `/readyz`, and with a store `/sfu_webhook`.
+    ///
+    /// The limit per address needs to know addresses: a server that is not [`serve`] adds them with
+    /// `into_make_service_with_connect_info::<SocketAddr>()`.
     pub fn router(&self) -> Router {
         http::router(self.0.clone())
+    }
+
+    /// What operators' tools ask, not for the public: `/metrics` in Prometheus' format, `/healthz`, `/readyz`.
+    pub fn operators_router(&self) -> Router {
+        http::operators_router(self.0.clone())
+    }
+
+    /// Answers `/readyz` with 503 from now on, so that balancers send no more requests: to be called when the
+    /// signal to stop comes, before [`Self::shutdown`].
+    pub fn stopping(&self) {
+        self.0.readiness.stopping();
     }
 }
 
@@ -109,6 +235,7 @@ impl Inner {
     fn place(&self) -> Result<SemaphorePermit<'_>, Refusal> {
         self.places.try_acquire().map_err(|_| {
             tracing::warn!(in_flight = self.settings.limits.in_flight, "full: request refused");
+            self.metrics.limited(limits::Limit::InFlight.as_str());
             Refusal::TooBusy
         })
     }
@@ -124,6 +251,9 @@ pub enum ServiceError {
     /// The TLS library cannot be set up.
     #[error("our side: TLS cannot be set up on this machine")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The metrics cannot be set up.
+    #[error("our side: the metrics cannot be set up")]
+    Metrics(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// No name resolution.
     #[error("our machine: the name servers cannot be used; check /etc/resolv.conf")]
     Resolver(#[source] ResolveError),

@@ -8,7 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use livekit_protocol::{CreateRoomRequest, Room};
+use livekit_protocol::{CreateRoomRequest, ParticipantInfo, Room, RoomParticipantIdentity};
 use prost::Message as _;
 use serde::Deserialize;
 use url::Url;
@@ -37,6 +37,40 @@ pub trait Sfu: Send + Sync {
     /// # Errors
     /// [`SfuError`]: whose fault it is and what to do. The client then gets no token.
     async fn create_room(&self, alias: &str) -> Result<SfuRoom, SfuError>;
+
+    /// The participant `identity` of the room `room`; `None` if it is certainly not there.
+    ///
+    /// An SFU that does not implement this cannot be asked; delegated leave then relies on webhooks alone.
+    ///
+    /// # Errors
+    /// [`SfuError`] if that cannot be found out. It is never taken for absence.
+    async fn participant(&self, room: &str, identity: &str) -> Result<Option<SfuParticipant>, SfuError> {
+        let _ = (room, identity);
+        Err(SfuError::NotOffered)
+    }
+
+    /// Whether the SFU answers at all: for readiness. An SFU in the same process always does.
+    ///
+    /// # Errors
+    /// [`SfuError`]: why not.
+    async fn check(&self) -> Result<(), SfuError> {
+        Ok(())
+    }
+}
+
+/// A participant on the SFU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SfuParticipant {
+    /// The SFU's own id of this connection of the participant; a reconnect gets another.
+    pub sid: String,
+}
+
+impl SfuParticipant {
+    /// A participant with the SFU's id `sid`.
+    pub fn new(sid: impl Into<String>) -> Self {
+        Self { sid: sid.into() }
+    }
 }
 
 /// A room on the SFU.
@@ -83,6 +117,12 @@ pub enum SfuError {
     /// The answer was not a room.
     #[error("the SFU's answer is not a LiveKit room; is something else listening at its URL?")]
     NotARoom,
+    /// The answer was not a participant.
+    #[error("the SFU's answer is not a LiveKit participant; is something else listening at its URL?")]
+    NotAParticipant,
+    /// This SFU cannot be asked that.
+    #[error("this SFU cannot be asked who is in a room; only its webhooks tell")]
+    NotOffered,
     /// Our own failure to ask.
     #[error("our side: the request to the SFU could not be made")]
     Ours(#[source] Box<dyn Error + Send + Sync>),
@@ -91,6 +131,7 @@ pub enum SfuError {
 /// A LiveKit server, asked over its `RoomService` API: Twirp with protobuf bodies.
 pub struct TwirpSfu {
     create_room: Url,
+    get_participant: Url,
     http: reqwest::Client,
     signer: TokenSigner,
     timeout: Duration,
@@ -104,15 +145,18 @@ impl TwirpSfu {
     /// HTTP client can be made.
     pub fn new(url: &str, key: &str, secret: &Secret) -> Result<Self, SfuError> {
         let base = api_base(url)?;
-        let create_room = Url::parse(&format!("{base}/twirp/livekit.RoomService/CreateRoom"))
-            .map_err(|_| SfuError::BadUrl(url.to_owned()))?;
+        let method = |name| {
+            Url::parse(&format!("{base}/twirp/livekit.RoomService/{name}"))
+                .map_err(|_| SfuError::BadUrl(url.to_owned()))
+        };
+        let (create_room, get_participant) = (method("CreateRoom")?, method("GetParticipant")?);
         let mut http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none());
         if is_loopback(&create_room) {
             http = http.no_proxy();
         }
         let http = http.build().map_err(|e| SfuError::Ours(e.into()))?;
         let signer = TokenSigner::new(key, secret.clone()).map_err(|e| SfuError::Ours(e.into()))?;
-        Ok(Self { create_room, http, signer, timeout: CALL_TIMEOUT })
+        Ok(Self { create_room, get_participant, http, signer, timeout: CALL_TIMEOUT })
     }
 
     /// The same, giving up on a call after `timeout` instead of 8 s.
@@ -122,14 +166,20 @@ impl TwirpSfu {
         self
     }
 
-    async fn call(&self, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
-        let token = self.signer.create_rooms(SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
+    /// One call within its time.
+    async fn call(&self, method: &Url, token: &str, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
+        tokio::time::timeout(self.timeout, self.request(method, token, body))
+            .await
+            .map_err(|_| SfuError::TimedOut(self.timeout))?
+    }
+
+    async fn request(&self, method: &Url, token: &str, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
         let request = || {
             self.http
-                .post(self.create_room.clone())
+                .post(method.clone())
                 .header("content-type", "application/protobuf")
                 .header("accept", "application/protobuf")
-                .bearer_auth(&token)
+                .bearer_auth(token)
                 .body(body.clone())
                 .send()
         };
@@ -166,11 +216,36 @@ impl Sfu for TwirpSfu {
             max_participants: 0,
             ..Default::default()
         };
-        let body = tokio::time::timeout(self.timeout, self.call(request.encode_to_vec()))
-            .await
-            .map_err(|_| SfuError::TimedOut(self.timeout))??;
+        let token = self.signer.create_rooms(SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
+        let body = self.call(&self.create_room, &token, request.encode_to_vec()).await?;
         let room = Room::decode(body).map_err(|_| SfuError::NotARoom)?;
         Ok(SfuRoom::new(room.sid))
+    }
+
+    async fn participant(&self, room: &str, identity: &str) -> Result<Option<SfuParticipant>, SfuError> {
+        let request = RoomParticipantIdentity {
+            room: room.to_owned(),
+            identity: identity.to_owned(),
+            ..Default::default()
+        };
+        let token = self.signer.administer(room, SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
+        match self.call(&self.get_participant, &token, request.encode_to_vec()).await {
+            Ok(body) => {
+                let participant = ParticipantInfo::decode(body).map_err(|_| SfuError::NotAParticipant)?;
+                Ok(Some(SfuParticipant::new(participant.sid)))
+            }
+            // A plain 404, from a proxy for instance, has no such code and says nothing about the participant.
+            Err(SfuError::Refused { code, .. }) if code == "not_found" => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn check(&self) -> Result<(), SfuError> {
+        // LiveKit answers here, and whatever stands in front of it does too: any answer will do.
+        let base = self.create_room.join("../../").map_err(|e| SfuError::Ours(e.into()))?;
+        let answer = tokio::time::timeout(self.timeout, self.http.get(base).send()).await;
+        answer.map_err(|_| SfuError::TimedOut(self.timeout))?.map_err(unreachable)?;
+        Ok(())
     }
 }
 

@@ -65,6 +65,16 @@ impl TokenSigner {
         self.sign(None, video, now, API_TOKEN_LIFETIME)
     }
 
+    /// The token with which this service asks the SFU about the participants of `room`, valid for six hours
+    /// from `now`.
+    ///
+    /// # Errors
+    /// [`TokenError::Sign`] if the signature cannot be made.
+    pub fn administer(&self, room: &str, now: SystemTime) -> Result<String, TokenError> {
+        let video = VideoGrant { room: Some(room), room_admin: true, ..VideoGrant::default() };
+        self.sign(None, video, now, API_TOKEN_LIFETIME)
+    }
+
     fn sign(
         &self,
         identity: Option<&str>,
@@ -126,6 +136,8 @@ struct VideoGrant<'a> {
     room: Option<&'a str>,
     #[serde(skip_serializing_if = "is_false")]
     room_create: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    room_admin: bool,
     #[serde(skip_serializing_if = "is_false")]
     room_join: bool,
     #[serde(skip_serializing_if = "is_false")]

@@ -1,7 +1,7 @@
 //! What both token endpoints do once a request is complete: verify the user, sign the token, make the room.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -12,8 +12,9 @@ use super::{
 };
 use crate::{
     Inner,
+    delegation::{AddError, DelayId, Delegation, JobKey, JobParams},
     identity::{ParticipantIdentity, RoomAlias},
-    openid::VerifiedUser,
+    openid::{LookupError, ServerName, VerifiedUser},
 };
 
 /// What a client needs to enter the SFU.
@@ -49,33 +50,56 @@ impl Inner {
     /// Whom the homeserver says the token belongs to.
     pub(super) async fn verify(&self, token: &OpenIdToken) -> Result<VerifiedUser, Refusal> {
         let server_name = token.matrix_server_name.as_str();
-        self.verifier.verify(server_name, &token.access_token).await.map_err(|error| {
+        let mut lookup = self.limiter.lookup(server_name)?;
+        let began = Instant::now();
+        // Waiting for a turn counts: the client must have its answer in time.
+        let verified = tokio::time::timeout(self.settings.limits.lookup, async {
+            if let Some(lookup) = &mut lookup {
+                lookup.turn().await;
+            }
+            self.verifier.verify(server_name, &token.access_token).await
+        })
+        .await
+        .unwrap_or(Err(LookupError::TimedOut));
+        self.metrics.lookup(&verified, began.elapsed());
+        verified.map_err(|error| {
             let cause = causes(&error);
             tracing::warn!(?server_name, cause, "OpenID token not accepted");
             Refusal::Unauthorized
         })
     }
 
-    /// Admits a verified user of `server_name` to `alias` as `identity`.
+    /// Admits a verified user of `server_name` to `alias` as `identity`, and takes the delayed leave over that
+    /// comes with the request.
     pub(super) async fn admit(
         &self,
-        server_name: &str,
+        user: &VerifiedUser,
         body: &Body,
-        alias: &RoomAlias,
-        identity: &ParticipantIdentity,
+        alias: RoomAlias,
+        identity: ParticipantIdentity,
     ) -> Result<Admission<'_>, Refusal> {
-        if !body.delay_id.is_empty() {
+        let server_name = body.openid_token.matrix_server_name.as_str();
+        let full_access = self.settings.full_access.includes(server_name);
+        let delegated = if body.delay_id.is_empty() {
+            None
+        } else {
             // Clients take this answer as "not here" and ask again without a delayed event.
-            return Err(Refusal::DelegationNotOffered);
-        }
+            let delegation = self.delegation.as_ref().filter(|_| full_access);
+            let delegation = delegation.ok_or(Refusal::DelegationNotOffered)?;
+            let key = JobKey { room: alias.clone(), identity: identity.clone() };
+            Some((delegation, job_params(body, key)?))
+        };
         let settings = &self.settings;
-        let jwt = self.signer.join(identity, alias, SystemTime::now(), settings.token_lifetime).map_err(
+        let jwt = self.signer.join(&identity, &alias, SystemTime::now(), settings.token_lifetime).map_err(
             |error| {
                 tracing::error!(cause = causes(&error), "no token could be signed");
                 Refusal::Internal
             },
         )?;
-        let full_access = settings.full_access.includes(server_name);
+        if let Some((delegation, params)) = &delegated {
+            // Before the room is made: a request that fails for this leaves nothing behind.
+            find_client_api(delegation, &params.server).await?;
+        }
         if full_access {
             let room = self.sfu.create_room(alias.as_str()).await.map_err(|error| {
                 tracing::error!(cause = causes(&error), %alias, "no room on the SFU");
@@ -83,14 +107,40 @@ impl Inner {
             })?;
             tracing::debug!(%alias, sid = room.sid, "room is there");
         }
+        let with_leave = delegated.is_some();
+        if let Some((delegation, params)) = delegated {
+            delegation.add(params, user.user_id()).await.map_err(|refused| match refused {
+                AddError::BadTimeout => Refusal::BadDelay,
+                // The call can go on without us keeping the delayed event alive.
+                AddError::UserFull | AddError::Full => Refusal::DelegationNotOffered,
+                AddError::ShuttingDown => Refusal::ShuttingDown,
+            })?;
+        }
         // The Matrix ID stays out of the log: next to the identity it would undo the pseudonym.
-        tracing::info!(server_name, %alias, full_access, "token issued");
+        tracing::info!(server_name, %alias, full_access, with_leave, "token issued");
         Ok(Admission { url: &settings.livekit_url, jwt })
     }
 }
 
+/// The job that a request with complete delay parameters asks for.
+pub(super) fn job_params(body: &Body, key: JobKey) -> Result<JobParams, Refusal> {
+    let server: ServerName =
+        body.openid_token.matrix_server_name.parse().map_err(|_| Refusal::Unauthorized)?;
+    let delay_id = DelayId::new(body.delay_id.clone()).map_err(|_| Refusal::BadDelay)?;
+    let milliseconds = u64::try_from(body.delay_timeout).map_err(|_| Refusal::DelayIncomplete)?;
+    Ok(JobParams { key, server, delay_id, delay_timeout: Duration::from_millis(milliseconds) })
+}
+
+/// Makes sure that we shall find the homeserver when its delayed event is due.
+pub(super) async fn find_client_api(delegation: &Delegation, server: &ServerName) -> Result<(), Refusal> {
+    delegation.resolve(server).await.map(drop).map_err(|error| {
+        tracing::warn!(server = server.as_str(), cause = causes(&error), "client-server API not found");
+        Refusal::NoClientApi
+    })
+}
+
 /// An error and what lies beneath it, in one line.
-fn causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

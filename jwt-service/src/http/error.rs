@@ -5,6 +5,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
+use crate::limits::Limited;
+
 /// How long a client should wait when we are full, in seconds.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("2");
 
@@ -15,11 +17,19 @@ pub(crate) enum Refusal {
     MissingParameter(&'static str),
     DelayIncomplete,
     DelegationNotOffered,
+    DelegationForbidden,
+    NoClientApi,
+    BadDelay,
+    TooManyDelays,
+    ShuttingDown,
+    WebhookUnauthorized,
+    WebhookMalformed,
     AmbiguousDevice,
     TooLarge,
     TooSlow,
     BrokenBody,
     TooBusy,
+    Limited(Limited),
     Unauthorized,
     Unrecognized,
     Internal,
@@ -41,6 +51,35 @@ impl Refusal {
             Self::DelegationNotOffered => bad_json(
                 "Delegated leave is not available to you here: ask again without delay_id and delay_timeout",
             ),
+            Self::DelegationForbidden => (
+                StatusCode::FORBIDDEN,
+                "M_FORBIDDEN",
+                "Delegated leave is not available to users of this homeserver",
+            ),
+            Self::NoClientApi => bad_json(
+                "The homeserver's client-server API was not found, so no leave can be delegated for it",
+            ),
+            Self::BadDelay => {
+                bad_json("delay_id or delay_timeout is not what a homeserver's delayed event can have")
+            }
+            Self::TooManyDelays => (
+                StatusCode::TOO_MANY_REQUESTS,
+                "M_LIMIT_EXCEEDED",
+                "Too many delegated leaves: try again when others have ended",
+            ),
+            Self::ShuttingDown => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "M_UNKNOWN",
+                "The service is shutting down: try again shortly",
+            ),
+            Self::WebhookUnauthorized => (
+                StatusCode::UNAUTHORIZED,
+                "M_UNAUTHORIZED",
+                "The webhook is not signed with this service's API key and secret, or its clock is off",
+            ),
+            Self::WebhookMalformed => {
+                (StatusCode::BAD_REQUEST, "M_BAD_JSON", "The body is not a LiveKit webhook event")
+            }
             Self::AmbiguousDevice => bad_json("device_id must not begin with digits and a colon"),
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "M_TOO_LARGE", "The body is too large"),
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "M_UNKNOWN", "The body did not arrive in time"),
@@ -49,6 +88,11 @@ impl Refusal {
                 StatusCode::TOO_MANY_REQUESTS,
                 "M_LIMIT_EXCEEDED",
                 "Too many requests at once: try again shortly",
+            ),
+            Self::Limited(_) => (
+                StatusCode::TOO_MANY_REQUESTS,
+                "M_LIMIT_EXCEEDED",
+                "Too many requests: try again after the time in Retry-After",
             ),
             Self::Unauthorized => (
                 StatusCode::UNAUTHORIZED,
@@ -67,14 +111,65 @@ impl Refusal {
     }
 }
 
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        let (status, errcode, error) = self.parts();
-        let body = format!("{}\n", serde_json::json!({ "errcode": errcode, "error": error }));
-        let mut response = (status, body).into_response();
-        if self == Self::TooBusy {
-            response.headers_mut().insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
+impl Refusal {
+    /// The body: `errcode` and `error`, and the request's id, by which the operator finds it in the log.
+    pub(super) fn body(self, request_id: Option<&str>) -> String {
+        let (_, errcode, error) = self.parts();
+        let mut body = serde_json::json!({ "errcode": errcode, "error": error });
+        if let Some(id) = request_id {
+            body["request_id"] = id.into();
         }
+        format!("{body}\n")
+    }
+
+    /// For counts.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::NotJson => "not_json",
+            Self::MissingParameter(_) => "missing_parameter",
+            Self::DelayIncomplete => "delay_incomplete",
+            Self::DelegationNotOffered => "delegation_not_offered",
+            Self::DelegationForbidden => "delegation_forbidden",
+            Self::NoClientApi => "no_client_api",
+            Self::BadDelay => "bad_delay",
+            Self::TooManyDelays => "too_many_delays",
+            Self::ShuttingDown => "shutting_down",
+            Self::WebhookUnauthorized => "webhook_unauthorized",
+            Self::WebhookMalformed => "webhook_malformed",
+            Self::AmbiguousDevice => "ambiguous_device",
+            Self::TooLarge => "too_large",
+            Self::TooSlow => "too_slow",
+            Self::BrokenBody => "broken_body",
+            Self::TooBusy => "too_busy",
+            Self::Limited(_) => "limited",
+            Self::Unauthorized => "unauthorized",
+            Self::Unrecognized => "unrecognized",
+            Self::Internal => "internal",
+        }
+    }
+
+    fn retry_after(self) -> Option<HeaderValue> {
+        match self {
+            Self::TooBusy | Self::TooManyDelays | Self::ShuttingDown => Some(RETRY_AFTER_SECONDS),
+            // Rounded up: a client that comes too early is refused again.
+            Self::Limited(limited) => {
+                let wait = limited.retry_after;
+                Some((wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1).into())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    /// The refusal itself stays with the response, for the layer that knows the request's id.
+    fn into_response(self) -> Response {
+        let (status, ..) = self.parts();
+        let mut response = (status, self.body(None)).into_response();
+        if let Some(seconds) = self.retry_after() {
+            response.headers_mut().insert(RETRY_AFTER, seconds);
+        }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -7,25 +7,50 @@ mod get_token;
 mod healthz;
 mod intake;
 mod json;
+pub(crate) mod limits;
+mod metrics;
+pub(crate) mod readyz;
+mod request_id;
 mod sfu_get;
+mod sfu_webhook;
 
 use std::sync::Arc;
 
 use axum::{
     Router,
     http::{HeaderValue, Method, StatusCode, header},
+    middleware::from_fn_with_state,
     response::{IntoResponse, Response},
-    routing::{MethodRouter, any},
+    routing::{MethodRouter, any, get},
 };
 
+pub(crate) use self::{admit::causes, sfu_webhook::Replays};
 use crate::Inner;
 
 pub(crate) fn router(service: Arc<Inner>) -> Router {
-    Router::new()
-        .route("/get_token", for_browsers(any(get_token::get_token)))
-        .route("/sfu/get", for_browsers(any(sfu_get::sfu_get)))
-        .route("/delegate_delayed_leave", for_browsers(any(delegate_delayed_leave::delegate_delayed_leave)))
+    let mut router = Router::new();
+    if service.delegation.is_some() {
+        router = router.route("/sfu_webhook", any(sfu_webhook::sfu_webhook));
+    }
+    let public = |route: MethodRouter<Arc<Inner>>| {
+        for_browsers(route.layer(from_fn_with_state(service.clone(), limits::per_address)))
+    };
+    router
+        .route("/get_token", public(any(get_token::get_token)))
+        .route("/sfu/get", public(any(sfu_get::sfu_get)))
+        .route("/delegate_delayed_leave", public(any(delegate_delayed_leave::delegate_delayed_leave)))
         .route("/healthz", any(healthz::healthz))
+        .route("/readyz", get(readyz::readyz))
+        .layer(from_fn_with_state(service.clone(), request_id::observe))
+        .with_state(service)
+}
+
+/// For operators' tools alone.
+pub(crate) fn operators_router(service: Arc<Inner>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics::metrics))
+        .route("/healthz", any(healthz::healthz))
+        .route("/readyz", get(readyz::readyz))
         .with_state(service)
 }
 

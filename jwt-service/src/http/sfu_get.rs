@@ -46,5 +46,5 @@ async fn answer(service: &Inner, request: Request) -> Result<Admission<'_>, Refu
     let alias = RoomAlias::of_slot(&body.room, LEGACY_SLOT);
     let identity =
         ParticipantIdentity::legacy(user.user_id(), &body.device_id).ok_or(Refusal::AmbiguousDevice)?;
-    service.admit(&body.openid_token.matrix_server_name, &body, &alias, &identity).await
+    service.admit(&user, &body, alias, identity).await
 }

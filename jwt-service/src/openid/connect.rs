@@ -14,6 +14,7 @@ use std::{
 use axum::body::Body;
 use hyper::{
     Uri,
+    http::uri::Scheme,
     rt::{Read, ReadBufCursor, Write},
 };
 use hyper_util::{
@@ -134,15 +135,16 @@ impl Connector {
     async fn connect(self, uri: Uri) -> Result<GuardedConnection, ConnectError> {
         let name: ServerName =
             uri.authority().and_then(|a| a.as_str().parse().ok()).ok_or(ConnectError::NotAServer)?;
+        let plain = uri.scheme() == Some(&Scheme::HTTP);
         let places = match self.route {
-            Route::Web => vec![direct(&name, 443)],
+            Route::Web => vec![direct(&name, if plain { 80 } else { 443 })],
             Route::Federation => {
                 destinations(&name, &*self.resolver, |max| rand::random_range(0..=max)).await?
             }
         };
         let mut failure = ConnectError::NotAServer;
         for place in places {
-            match self.connect_to(&place, name.host()).await {
+            match self.connect_to(&place, name.host(), plain).await {
                 Ok(connection) => return Ok(connection),
                 Err(error) => failure = error,
             }
@@ -154,6 +156,7 @@ impl Connector {
         &self,
         place: &Destination,
         tls_host: &Host,
+        plain: bool,
     ) -> Result<GuardedConnection, ConnectError> {
         let found = match &place.host {
             Host::Ip(ip) => vec![SocketAddr::new(*ip, place.port)],
@@ -170,7 +173,7 @@ impl Connector {
         };
         let mut failure = ConnectError::NotPermitted;
         for address in permitted.into_iter().take(MAX_ADDRESSES) {
-            match self.handshake(address, tls_name.clone()).await {
+            match self.handshake(address, (!plain).then(|| tls_name.clone())).await {
                 Ok(connection) => return Ok(connection),
                 Err(error) => failure = error,
             }
@@ -181,20 +184,21 @@ impl Connector {
     async fn handshake(
         &self,
         address: SocketAddr,
-        name: TlsName<'static>,
+        name: Option<TlsName<'static>>,
     ) -> Result<GuardedConnection, ConnectError> {
         let tcp = tokio::time::timeout(self.connect_timeout, TcpStream::connect(address))
             .await
             .map_err(|_| ConnectError::TimedOut)?
             .map_err(ConnectError::Tcp)?;
         tcp.set_nodelay(true).map_err(ConnectError::Tcp)?;
+        let Some(name) = name else { return Ok(GuardedConnection::Plain(TokioIo::new(tcp))) };
         // The same budget again for TLS: a port that accepts and then stays silent must not use up the whole
         // lookup.
         let tls = tokio::time::timeout(self.connect_timeout, self.tls.connect(name, tcp))
             .await
             .map_err(|_| ConnectError::TimedOut)?
             .map_err(ConnectError::Tls)?;
-        Ok(GuardedConnection(TokioIo::new(tls)))
+        Ok(GuardedConnection::Tls(Box::new(TokioIo::new(tls))))
     }
 }
 
@@ -243,8 +247,14 @@ pub(crate) enum ConnectError {
     Tls(#[source] io::Error),
 }
 
-/// A TLS connection that the pool can keep.
-pub(crate) struct GuardedConnection(TokioIo<TlsStream<TcpStream>>);
+/// A connection that the pool can keep.
+pub(crate) enum GuardedConnection {
+    /// TLS: everything that a server's name leads to.
+    Tls(Box<TokioIo<TlsStream<TcpStream>>>),
+    /// Plain TCP: for an `http` base URL that the operator has written, or that a server has which the
+    /// operator has named.
+    Plain(TokioIo<TcpStream>),
+}
 
 impl Connection for GuardedConnection {
     fn connected(&self) -> Connected {
@@ -253,26 +263,34 @@ impl Connection for GuardedConnection {
 }
 
 impl Read for GuardedConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tls(io) => Pin::new(io).poll_read(cx, buf),
+            Self::Plain(io) => Pin::new(io).poll_read(cx, buf),
+        }
     }
 }
 
 impl Write for GuardedConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tls(io) => Pin::new(io).poll_write(cx, buf),
+            Self::Plain(io) => Pin::new(io).poll_write(cx, buf),
+        }
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tls(io) => Pin::new(io).poll_flush(cx),
+            Self::Plain(io) => Pin::new(io).poll_flush(cx),
+        }
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tls(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Plain(io) => Pin::new(io).poll_shutdown(cx),
+        }
     }
 }
 

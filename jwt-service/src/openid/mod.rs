@@ -7,6 +7,7 @@
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 mod addresses;
+mod client_api;
 mod connect;
 mod destination;
 mod resolver;
@@ -15,7 +16,7 @@ mod userinfo;
 mod well_known;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -30,19 +31,20 @@ use hyper::{
 };
 use url::{Url, form_urlencoded};
 
-pub(crate) use self::userinfo::VerifiedUser;
 use self::{
     addresses::Egress,
     connect::{ConnectError, Connections, GuardedClient, Route},
     userinfo::{UserinfoError, verified_user},
     well_known::{Delegation, DelegationCache, MAX_DOCUMENT, delegation, lifetime},
 };
+pub(crate) use self::{client_api::ClientAnswer, userinfo::VerifiedUser};
 pub use self::{
     resolver::{Resolve, ResolveError, SrvRecord, SystemResolver},
     server_name::{Host, InvalidServerName, ServerName},
 };
 use crate::{
     config::{FullAccess, Settings, TlsPolicy},
+    metrics::Metrics,
     secret::Secret,
 };
 
@@ -60,16 +62,25 @@ const AGENT: &str = concat!("antiphon-jwt-service/", env!("CARGO_PKG_VERSION"));
 pub(crate) struct Verifier {
     rules: Rules,
     lanes: HashMap<Lane, Clients>,
+    overrides: BTreeMap<String, Url>,
     delegations: Mutex<DelegationCache>,
     budget: Duration,
+    metrics: Metrics,
 }
 
 impl Verifier {
-    pub(crate) fn new(settings: &Settings, resolver: Arc<dyn Resolve>) -> Result<Self, rustls::Error> {
+    pub(crate) fn new(
+        settings: &Settings,
+        resolver: Arc<dyn Resolve>,
+        metrics: Metrics,
+    ) -> Result<Self, rustls::Error> {
         let connections = Connections::new(resolver, settings.limits.connect)?;
         let rules = Rules::new(settings);
         let lanes = rules.lanes().into_iter().map(|lane| (lane, Clients::new(&connections, lane))).collect();
-        Ok(Self { rules, lanes, delegations: Mutex::default(), budget: settings.limits.lookup })
+        let overrides = settings.cs_api_url_overrides.iter();
+        let overrides = overrides.map(|(name, url)| (name.to_ascii_lowercase(), url.clone())).collect();
+        let budget = settings.limits.lookup;
+        Ok(Self { rules, lanes, overrides, delegations: Mutex::default(), budget, metrics })
     }
 
     /// The user to whom `server_name` has issued `token`.
@@ -115,9 +126,14 @@ impl Verifier {
         let known = self.cache().lookup(&key, Instant::now());
         let remembered = known.is_some();
         let delegation = match known {
-            Some(delegation) => delegation,
+            Some(delegation) => {
+                self.metrics.discovery("hit");
+                delegation
+            }
             None => {
                 let fetched = tokio::time::timeout(WELL_KNOWN_TIME, clients.well_known(name)).await;
+                let outcome = if matches!(fetched, Ok(Ok(_))) { "fetched" } else { "failed" };
+                self.metrics.discovery(outcome);
                 let (delegation, lifetime) = match fetched {
                     Ok(Ok(found)) => found,
                     Ok(Err(_)) | Err(_) => (Delegation::None, lifetime(&Delegation::None, false, None)),
@@ -228,7 +244,22 @@ impl Clients {
     /// What `name` delegates to, and for how long that may be remembered. An error is "we could not find
     /// out".
     async fn well_known(&self, name: &ServerName) -> Result<(Delegation, Duration), LookupError> {
-        let mut url = Url::parse(&format!("https://{name}/.well-known/matrix/server"))
+        let (found, cache_control) = match self.document(name, "server", MAX_DOCUMENT).await? {
+            Some((document, cache_control)) => (delegation(&document), cache_control),
+            None => (Delegation::None, None),
+        };
+        let lifetime = lifetime(&found, true, cache_control.as_deref());
+        Ok((found, lifetime))
+    }
+
+    /// `/.well-known/matrix/<which>` of `name` with its `Cache-Control`; `None` if there is none.
+    async fn document(
+        &self,
+        name: &ServerName,
+        which: &str,
+        limit: usize,
+    ) -> Result<Option<(Bytes, Option<String>)>, LookupError> {
+        let mut url = Url::parse(&format!("https://{name}/.well-known/matrix/{which}"))
             .map_err(|_| LookupError::BadDelegation)?;
         for _ in 0..=MAX_REDIRECTS {
             let host = url.host_str().ok_or(LookupError::BadDelegation)?;
@@ -248,11 +279,9 @@ impl Clients {
             }
             let cache_control =
                 answer.headers().get(CACHE_CONTROL).and_then(|v| v.to_str().ok()).map(str::to_owned);
-            let found = delegation(&body(answer, MAX_DOCUMENT).await?);
-            let lifetime = lifetime(&found, true, cache_control.as_deref());
-            return Ok((found, lifetime));
+            return Ok(Some((body(answer, limit).await?, cache_control)));
         }
-        Ok((Delegation::None, lifetime(&Delegation::None, true, None)))
+        Ok(None)
     }
 }
 
@@ -315,6 +344,8 @@ pub(crate) enum LookupError {
     Userinfo(#[from] UserinfoError),
     #[error("the homeserver did not answer in time")]
     TimedOut,
+    #[error("the server's .well-known names no client-server API")]
+    NoClientApi,
     #[error("our side: the request could not be made")]
     Ours,
 }

@@ -6,10 +6,18 @@ mod support;
 
 mod admission;
 mod browsers;
+mod delegated_leave;
 mod discovery;
+mod documented_settings;
 mod hostile_requests;
+mod jobs_in_redis;
+mod jobs_survive_kills;
+mod limits_on_clients;
+mod listeners;
 mod openid_tokens;
 mod program;
+mod readiness;
 mod refusals;
+mod request_ids;
 mod sfu_calls;
 mod strangers_addresses;

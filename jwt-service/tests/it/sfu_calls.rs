@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use antiphon_jwt_service::{RoomAlias, Secret, Sfu as _, SfuError, SfuRoom, TwirpSfu};
+use antiphon_jwt_service::{RoomAlias, Secret, Sfu as _, SfuError, SfuParticipant, SfuRoom, TwirpSfu};
 use axum::{
     Router,
     body::Bytes,
@@ -14,7 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
-use livekit_protocol::{CreateRoomRequest, Room};
+use livekit_protocol::{CreateRoomRequest, ParticipantInfo, Room, RoomParticipantIdentity};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -50,6 +50,11 @@ impl LiveKit {
     async fn create(&self, path: &str) -> Result<SfuRoom, SfuError> {
         let sfu = TwirpSfu::new(&format!("{}{path}", self.url), "devkey", &Secret::new("devsecret")).unwrap();
         sfu.create_room(RoomAlias::of_slot("!r:hs", "s").as_str()).await
+    }
+
+    async fn participant(&self) -> Result<Option<SfuParticipant>, SfuError> {
+        let sfu = TwirpSfu::new(&self.url, "devkey", &Secret::new("devsecret")).unwrap();
+        sfu.participant("room", "identity").await
     }
 
     fn calls(&self) -> Vec<Call> {
@@ -141,4 +146,30 @@ async fn an_sfu_that_is_down_or_silent_is_an_error_in_bounded_time() {
     drop(listener);
     let sfu = TwirpSfu::new(&url, "k", &Secret::new("s")).unwrap();
     assert!(matches!(sfu.create_room("a").await, Err(SfuError::Unreachable(_))));
+}
+
+#[tokio::test]
+async fn a_participant_is_there_or_certainly_not_or_nobody_knows() {
+    let livekit = LiveKit::start(|| {
+        ParticipantInfo { sid: "PA_1".into(), ..Default::default() }.encode_to_vec().into_response()
+    })
+    .await;
+    assert_eq!(livekit.participant().await.unwrap(), Some(SfuParticipant::new("PA_1")));
+    let [call] = &livekit.calls()[..] else { panic!("one call") };
+    assert_eq!(call.path, "/twirp/livekit.RoomService/GetParticipant");
+    let request = RoomParticipantIdentity::decode(call.body.clone()).unwrap();
+    assert_eq!((request.room.as_str(), request.identity.as_str()), ("room", "identity"));
+    let token = call.headers["authorization"].to_str().unwrap().strip_prefix("Bearer ").unwrap();
+    let key = DecodingKey::from_secret(b"devsecret");
+    let claims =
+        jsonwebtoken::decode::<Value>(token, &key, &Validation::new(Algorithm::HS256)).unwrap().claims;
+    assert_eq!(claims["video"], json!({ "roomAdmin": true, "room": "room" }));
+
+    let absent =
+        || (StatusCode::NOT_FOUND, json!({ "code": "not_found", "msg": "gone" }).to_string()).into_response();
+    assert_eq!(LiveKit::start(absent).await.participant().await.unwrap(), None);
+    for status in [StatusCode::NOT_FOUND, StatusCode::UNAUTHORIZED, StatusCode::BAD_GATEWAY] {
+        let livekit = LiveKit::start(move || (status, "<html>").into_response()).await;
+        assert!(livekit.participant().await.is_err(), "{status} says nothing about the participant");
+    }
 }

@@ -238,9 +238,18 @@ impl Client {
         Self { router: service.router(), sfu }
     }
 
+    /// Of a service that the test has made.
+    pub(crate) fn of(service: Service) -> Self {
+        Self { router: service.router(), sfu: Arc::new(FakeSfu::default()) }
+    }
+
     pub(crate) async fn send(&self, method: Method, path: &str, body: impl Into<Body>) -> Reply {
         let request =
             Request::builder().method(method).uri(path.parse::<Uri>().unwrap()).body(body.into()).unwrap();
+        self.request(request).await
+    }
+
+    pub(crate) async fn request(&self, request: Request) -> Reply {
         let answer = tokio::time::timeout(DEADLINE, self.router.clone().oneshot(request)).await;
         let (parts, body) = answer.expect("answered in time").unwrap().into_parts();
         let text = axum::body::to_bytes(body, 1 << 20).await.unwrap();
@@ -266,10 +275,12 @@ impl Reply {
         serde_json::from_str(&self.text).unwrap()
     }
 
-    /// Status and Matrix error code of a refusal, whose body has exactly the two members it must have.
+    /// Status and Matrix error code of a refusal, whose body has exactly the two members it must have and the
+    /// request's id.
     pub(crate) fn refusal(&self) -> (u16, String) {
         let json = self.json();
-        assert_eq!(json.as_object().unwrap().len(), 2, "{json}");
+        assert_eq!(json.as_object().unwrap().len(), 3, "{json}");
+        assert_eq!(json["request_id"], self.headers["x-request-id"].to_str().unwrap());
         assert!(json["error"].is_string() && self.text.ends_with('\n'), "{json}");
         (self.status, json["errcode"].as_str().unwrap().to_owned())
     }

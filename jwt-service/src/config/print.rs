@@ -1,0 +1,70 @@
+//! The settings in effect, as a TOML file.
+
+use std::fmt::Write as _;
+
+use url::Url;
+
+use super::sources::{Kind, SETTINGS, Setting, Sources};
+
+const REDACTED: &str = "[redacted]";
+
+pub(super) fn print(sources: &Sources) -> String {
+    let mut text = String::new();
+    let mut tables = String::new();
+    for setting in SETTINGS {
+        let Some(key) = setting.key else { continue };
+        let found = sources.find(setting.variable);
+        let place = found.as_ref().map_or("default", |found| &found.place);
+        let value = found.as_ref().map_or(setting.default, |found| found.text);
+        // Writing to a String does not fail.
+        let _ = match setting.kind {
+            _ if value.is_empty() => writeln!(text, "# {key} is not set"),
+            Kind::Map => writeln!(tables, "\n[{key}]  # {place}\n{}", map(value)),
+            _ => writeln!(text, "{key} = {}  # {place}", shown(setting, value)),
+        };
+    }
+    text + &tables
+}
+
+fn shown(setting: &Setting, value: &str) -> String {
+    match setting.variable {
+        "LIVEKIT_SECRET" => quoted(REDACTED),
+        "LIVEKIT_REDIS_URL" | "LIVEKIT_URL" => quoted(&without_password(value)),
+        _ => match setting.kind {
+            Kind::Number if value.parse::<u64>().is_ok_and(|n| n.to_string() == value) => value.to_owned(),
+            Kind::List => {
+                let names = value.replace(',', " ");
+                format!("[{}]", names.split_whitespace().map(quoted).collect::<Vec<_>>().join(", "))
+            }
+            _ => quoted(value),
+        },
+    }
+}
+
+fn map(value: &str) -> String {
+    let entry = |entry: &str| {
+        let (name, url) = entry.split_once('=')?;
+        Some(format!("{} = {}", quoted(name.trim()), quoted(&without_password(url.trim()))))
+    };
+    value.split(',').filter_map(entry).collect::<Vec<_>>().join("\n")
+}
+
+/// A URL whose password, and whatever its query holds, is not shown.
+fn without_password(text: &str) -> String {
+    let Ok(mut url) = Url::parse(text) else { return REDACTED.to_owned() };
+    if url.password().is_none() && url.query().is_none() {
+        return text.to_owned();
+    }
+    if url.password().is_some() && url.set_password(Some(REDACTED)).is_err() {
+        return REDACTED.to_owned();
+    }
+    if url.query().is_some() {
+        url.set_query(Some(REDACTED));
+    }
+    // The brackets come back percent-encoded.
+    url.to_string().replace("%5Bredacted%5D", REDACTED)
+}
+
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}

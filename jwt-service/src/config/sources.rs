@@ -1,0 +1,443 @@
+//! Where settings come from: flags, environment variables, one TOML file. All three give the same text, so
+//! that each setting has one parser.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    path::{Path, PathBuf},
+};
+
+use toml::{Table, Value};
+
+use super::ConfigError;
+use crate::{secret::Secret, store::RedisStore};
+
+/// What TOML type a setting has in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Text,
+    Number,
+    List,
+    /// Names to URLs.
+    Map,
+}
+
+/// One setting: its names and what it is for.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Setting {
+    /// The environment variable.
+    pub variable: &'static str,
+    /// The key in a TOML file; `None`: not there.
+    pub key: Option<&'static str>,
+    /// The flag, without dashes; `None`: none, because other users of the machine can read a process's
+    /// arguments.
+    pub flag: Option<&'static str>,
+    /// What it is when it is not set, as it would be written; empty: nothing.
+    pub default: &'static str,
+    /// One line of help.
+    pub help: &'static str,
+    pub(super) kind: Kind,
+}
+
+const fn setting(
+    (variable, key, flag): (&'static str, &'static str, &'static str),
+    kind: Kind,
+    default: &'static str,
+    help: &'static str,
+) -> Setting {
+    Setting {
+        variable,
+        key: if key.is_empty() { None } else { Some(key) },
+        flag: if flag.is_empty() { None } else { Some(flag) },
+        default,
+        help,
+        kind,
+    }
+}
+
+/// Every setting of the program.
+pub const SETTINGS: &[Setting] = &[
+    setting(
+        ("LIVEKIT_URL", "livekit_url", "livekit-url"),
+        Kind::Text,
+        "",
+        "the SFU as clients reach it, such as wss://sfu.example.com; required",
+    ),
+    setting(("LIVEKIT_KEY", "key", ""), Kind::Text, "", "the SFU's API key; required, here or from a file"),
+    setting(
+        ("LIVEKIT_SECRET", "secret", ""),
+        Kind::Text,
+        "",
+        "the SFU's API secret; required, here or from a file",
+    ),
+    setting(
+        ("LIVEKIT_KEY_FROM_FILE", "key_from_file", "key-from-file"),
+        Kind::Text,
+        "",
+        "path of a file that holds the key",
+    ),
+    setting(
+        ("LIVEKIT_SECRET_FROM_FILE", "secret_from_file", "secret-from-file"),
+        Kind::Text,
+        "",
+        "path of a file that holds the secret",
+    ),
+    setting(
+        ("LIVEKIT_KEY_FILE", "key_file", "key-file"),
+        Kind::Text,
+        "",
+        "path of a file with one line, `key: secret`",
+    ),
+    setting(
+        ("LIVEKIT_FULL_ACCESS_HOMESERVERS", "full_access_homeservers", "full-access-homeservers"),
+        Kind::List,
+        "",
+        "whose users may start calls: server names, or * for all; others only join; required",
+    ),
+    setting(
+        ("LIVEKIT_JWT_BIND", "bind", "bind"),
+        Kind::Text,
+        ":8080",
+        "where to listen: host:port, :port for all interfaces, or unix:/path",
+    ),
+    setting(("LIVEKIT_JWT_PORT", "", ""), Kind::Number, "", "deprecated: the port to listen on"),
+    setting(
+        ("LIVEKIT_JWT_TLS_CERT_FILE", "tls_cert_file", "tls-cert-file"),
+        Kind::Text,
+        "",
+        "path of a PEM certificate chain: serve HTTPS; read again on SIGHUP",
+    ),
+    setting(
+        ("LIVEKIT_JWT_TLS_KEY_FILE", "tls_key_file", "tls-key-file"),
+        Kind::Text,
+        "",
+        "path of its PEM private key",
+    ),
+    setting(
+        ("LIVEKIT_JWT_METRICS_BIND", "metrics_bind", "metrics-bind"),
+        Kind::Text,
+        "",
+        "where to serve /metrics, /healthz and /readyz: a port of loopback, or as above",
+    ),
+    setting(
+        ("LIVEKIT_LOG_LEVEL", "log_level", "log-level"),
+        Kind::Text,
+        "info",
+        "debug, info, warn or error",
+    ),
+    setting(("LIVEKIT_JWT_LOG_FORMAT", "log_format", "log-format"), Kind::Text, "text", "text or json"),
+    setting(
+        ("LIVEKIT_REDIS_URL", "redis_url", ""),
+        Kind::Text,
+        "",
+        "keep delegated leaves in Redis: redis://, rediss:// or unix://",
+    ),
+    setting(
+        ("LIVEKIT_JWT_REDIS_PREFIX", "redis_prefix", "redis-prefix"),
+        Kind::Text,
+        RedisStore::DEFAULT_PREFIX,
+        "the Redis keys begin with this",
+    ),
+    setting(
+        ("LIVEKIT_JWT_STATE_DIR", "state_dir", "state-dir"),
+        Kind::Text,
+        "",
+        "keep delegated leaves in files in this directory",
+    ),
+    setting(
+        (
+            "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS",
+            "sanity_check_interval_seconds",
+            "sanity-check-interval-seconds",
+        ),
+        Kind::Number,
+        "0",
+        "how often to ask the SFU whether participants are still there; 0: never",
+    ),
+    setting(
+        ("LIVEKIT_CS_API_URL_OVERRIDES", "cs_api_url_overrides", "cs-api-url-overrides"),
+        Kind::Map,
+        "",
+        "client-server API of homeservers, in place of discovery: server_name=url",
+    ),
+    setting(
+        ("LIVEKIT_PRIVATE_HOMESERVERS", "private_homeservers", "private-homeservers"),
+        Kind::List,
+        "",
+        "server names that may be on private addresses, beside those named above",
+    ),
+    setting(
+        ("LIVEKIT_INSECURE_SKIP_VERIFY_TLS", "insecure_skip_verify_tls", "insecure-skip-verify-tls"),
+        Kind::Text,
+        "",
+        "YES_I_KNOW_WHAT_I_AM_DOING: no checks of homeservers' certificates and addresses",
+    ),
+    setting(
+        ("LIVEKIT_JWT_TOKEN_LIFETIME_SECONDS", "token_lifetime_seconds", "token-lifetime-seconds"),
+        Kind::Number,
+        "3600",
+        "how long a client's token is valid: 60 to 86400",
+    ),
+    setting(
+        ("LIVEKIT_JWT_TRUSTED_PROXIES", "trusted_proxies", "trusted-proxies"),
+        Kind::List,
+        "private",
+        "whose X-Forwarded-For is believed: addresses, networks, private, or none",
+    ),
+    setting(
+        ("LIVEKIT_JWT_ADDRESS_RATE", "address_rate", "address-rate"),
+        Kind::Number,
+        "100",
+        "requests per second from one address; 0: no limit",
+    ),
+    setting(
+        ("LIVEKIT_JWT_ADDRESS_BURST", "address_burst", "address-burst"),
+        Kind::Number,
+        "500",
+        "requests at once from one address",
+    ),
+    setting(
+        ("LIVEKIT_JWT_SERVER_RATE", "server_rate", "server-rate"),
+        Kind::Number,
+        "1000",
+        "lookups per second at one homeserver; 0: no limit",
+    ),
+    setting(
+        ("LIVEKIT_JWT_SERVER_BURST", "server_burst", "server-burst"),
+        Kind::Number,
+        "4000",
+        "lookups begun at once at one homeserver",
+    ),
+    setting(
+        ("LIVEKIT_JWT_SERVER_IN_FLIGHT", "server_in_flight", "server-in-flight"),
+        Kind::Number,
+        "2048",
+        "lookups in progress at one homeserver",
+    ),
+    setting(
+        ("LIVEKIT_JWT_IN_FLIGHT", "in_flight", "in-flight"),
+        Kind::Number,
+        "4096",
+        "requests in progress",
+    ),
+    setting(
+        ("LIVEKIT_JWT_CONNECTIONS", "connections", "connections"),
+        Kind::Number,
+        "10000",
+        "connections held at once",
+    ),
+    setting(
+        ("LIVEKIT_JWT_SHORTEST_DELAY_MS", "shortest_delay_ms", "shortest-delay-ms"),
+        Kind::Number,
+        "100",
+        "the shortest delay_timeout that is taken, in milliseconds",
+    ),
+    setting(
+        ("LIVEKIT_JWT_LONGEST_DELAY_MS", "longest_delay_ms", "longest-delay-ms"),
+        Kind::Number,
+        "2678400000",
+        "the longest delay_timeout that is taken, in milliseconds",
+    ),
+    setting(("LIVEKIT_JWT_JOBS", "jobs", "jobs"), Kind::Number, "100000", "delegated leaves held at once"),
+    setting(
+        ("LIVEKIT_JWT_JOBS_PER_USER", "jobs_per_user", "jobs-per-user"),
+        Kind::Number,
+        "100",
+        "delegated leaves held at once for one user",
+    ),
+    setting(
+        ("LIVEKIT_JWT_REPLICA", "replica", "replica"),
+        Kind::Text,
+        "",
+        "who this process is among those that share a Redis; host name and address unless set",
+    ),
+    setting(
+        ("LIVEKIT_JWT_GRACE_SECONDS", "grace_seconds", "grace-seconds"),
+        Kind::Number,
+        "30",
+        "how long requests in progress may take to end after SIGTERM: 0 to 600",
+    ),
+];
+
+/// Settings as they are written, before any is understood. Flags win over variables, these over the file; an
+/// empty value is the same as none.
+#[derive(Clone, Default)]
+pub struct Sources {
+    flags: Values,
+    environment: Values,
+    file: Option<(PathBuf, Values)>,
+}
+
+/// By environment variable. Any value may be a secret.
+type Values = BTreeMap<&'static str, Secret>;
+
+impl Sources {
+    /// The environment variables in [`SETTINGS`]; `variable` looks one up.
+    pub fn from_env(variable: &impl Fn(&str) -> Option<String>) -> Self {
+        let environment = SETTINGS
+            .iter()
+            .filter_map(|s| Some((s.variable, variable(s.variable).filter(|v| !v.is_empty())?.into())))
+            .collect();
+        Self { environment, ..Self::default() }
+    }
+
+    /// The same, with the flag of `setting` given.
+    #[must_use]
+    pub fn with_flag(mut self, setting: &'static Setting, value: String) -> Self {
+        if !value.is_empty() {
+            self.flags.insert(setting.variable, value.into());
+        }
+        self
+    }
+
+    /// The same, with the TOML file at `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if it cannot be read, is not TOML, or has a key that is no setting.
+    pub fn with_file(self, path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map(Secret::new).map_err(|source| ConfigError::Unreadable {
+            place: "--config".to_owned(),
+            path: path.to_owned(),
+            source,
+        })?;
+        self.with_toml(path, &text)
+    }
+
+    /// The same, with `text` as the content of the file at `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if it is not TOML or has a key that is no setting.
+    pub fn with_toml(mut self, path: &Path, text: &Secret) -> Result<Self, ConfigError> {
+        let table: Table = text.expose().parse().map_err(|error: toml::de::Error| {
+            let start = error.span().map_or(0, |span| span.start).min(text.expose().len());
+            let line = text.expose().as_bytes()[..start].iter().filter(|b| **b == b'\n').count() + 1;
+            ConfigError::NotToml { path: path.to_owned(), line, problem: error.message().to_owned() }
+        })?;
+        let mut values = Values::new();
+        for (key, value) in table {
+            let setting = SETTINGS.iter().find(|s| s.key == Some(&*key)).ok_or_else(|| {
+                ConfigError::UnknownKey { path: path.to_owned(), advice: advice(&key), key: key.clone() }
+            })?;
+            let text = text_of(setting.kind, value).map_err(|expected| ConfigError::Malformed {
+                place: format!("{key} in {}", path.display()),
+                problem: "it has the wrong type".to_owned(),
+                advice: expected.to_owned(),
+            })?;
+            if !text.is_empty() {
+                values.insert(setting.variable, text.into());
+            }
+        }
+        self.file = Some((path.to_owned(), values));
+        Ok(self)
+    }
+
+    /// Every place where `variable` is set, the one that wins first.
+    pub(super) fn all(&self, variable: &'static str) -> impl Iterator<Item = Found<'_>> {
+        (0..LAYERS).filter_map(move |layer| self.at(layer, variable))
+    }
+
+    /// The place that wins.
+    pub(super) fn find(&self, variable: &'static str) -> Option<Found<'_>> {
+        self.all(variable).next()
+    }
+
+    /// What layer `layer` says: 0 flags, 1 environment, 2 file.
+    pub(super) fn at(&self, layer: usize, variable: &'static str) -> Option<Found<'_>> {
+        let setting = || SETTINGS.iter().find(|s| s.variable == variable);
+        let (value, place) = match layer {
+            0 => (self.flags.get(variable)?, format!("--{}", setting()?.flag?)),
+            1 => (self.environment.get(variable)?, variable.to_owned()),
+            _ => {
+                let (path, values) = self.file.as_ref()?;
+                (values.get(variable)?, format!("{} in {}", setting()?.key?, path.display()))
+            }
+        };
+        Some(Found { text: value.expose(), place })
+    }
+}
+
+/// Flags, environment, file.
+pub(super) const LAYERS: usize = 3;
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources")
+            .field("flags", &self.flags)
+            .field("environment", &self.environment)
+            .field("file", &self.file)
+            .finish()
+    }
+}
+
+/// A setting's text and where it stands.
+#[derive(Clone, Debug)]
+pub(super) struct Found<'a> {
+    pub(super) text: &'a str,
+    pub(super) place: String,
+}
+
+impl Found<'_> {
+    pub(super) fn malformed(&self, problem: impl fmt::Display, advice: impl Into<String>) -> ConfigError {
+        ConfigError::Malformed {
+            place: self.place.clone(),
+            problem: problem.to_string(),
+            advice: advice.into(),
+        }
+    }
+}
+
+/// A TOML value as the environment variable would say it.
+fn text_of(kind: Kind, value: Value) -> Result<String, &'static str> {
+    let strings = |values: Vec<Value>| {
+        values.into_iter().map(|v| v.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
+    };
+    match (kind, value) {
+        (Kind::Text, Value::String(text)) => Ok(text),
+        // A port alone.
+        (Kind::Text | Kind::Number, Value::Integer(number)) => Ok(number.to_string()),
+        (Kind::Text, _) => Err("a string in quotes"),
+        (Kind::Number, _) => Err("a whole number without quotes"),
+        (Kind::List, Value::String(text)) => Ok(text),
+        (Kind::List, Value::Array(values)) => {
+            let items = strings(values).ok_or("an array of strings")?;
+            // An empty array means nobody, an unset one may mean the default.
+            Ok(if items.is_empty() { ",".to_owned() } else { items.join(",") })
+        }
+        (Kind::List, _) => Err("an array of strings"),
+        (Kind::Map, Value::Table(table)) => table
+            .into_iter()
+            .map(|(name, url)| url.as_str().map(|url| format!("{name}={url}")))
+            .collect::<Option<Vec<_>>>()
+            .map(|entries| entries.join(","))
+            .ok_or("a table of strings, such as \"example.com\" = \"https://matrix.example.com\""),
+        (Kind::Map, _) => Err("a table of strings, such as \"example.com\" = \"https://matrix.example.com\""),
+    }
+}
+
+/// What somebody who wrote `key` may have meant.
+fn advice(key: &str) -> String {
+    let near = key.to_ascii_lowercase().replace('-', "_");
+    let near = near.strip_prefix("livekit_jwt_").or_else(|| near.strip_prefix("livekit_")).unwrap_or(&near);
+    let known = SETTINGS.iter().filter_map(|s| s.key).find(|known| {
+        *known == near || known.strip_prefix("livekit_") == Some(near) || distance(known, near) <= 2
+    });
+    known.map_or_else(
+        || "`jwt-service --help` lists them".to_owned(),
+        |known| format!("did you mean {known:?}?"),
+    )
+}
+
+/// Edit distance. Both are short: one is ours, and the other is a line of the operator's file.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,676 @@
+//! All jobs: who has one, what each wants done next, and in which order that reaches the store. No I/O: the
+//! shell performs the [`Effect`]s and brings their results back.
+//!
+//! What must hold: a job is written to the store before its request is answered; it is removed from the store
+//! after its *send* is over; the store sees the writes for one participant one after the other, and a write
+//! that failed again and again until it succeeds or a newer one takes its place; a job acts only while this
+//! replica has its lease.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use super::{
+    JobKey, JobParams, StoredJob,
+    machine::{CallId, End, Input, Job, Outcome, Output, Phase, Presence, Start},
+};
+
+/// How long a lease lasts, and how often it is renewed.
+pub(crate) const LEASE_TTL: Duration = Duration::from_secs(15);
+const LEASE_RENEWAL: Duration = Duration::from_secs(5);
+/// The waits between attempts to write to a store that fails: the first, and the longest.
+const STORE_BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+/// Events kept for a job whose lease has not been granted yet.
+const INBOX: usize = 16;
+/// How far the first looks after a restart are spread out: this much for each job, and at most that.
+const LOOK_SPREAD: (Duration, Duration) = (Duration::from_millis(2), Duration::from_secs(1));
+/// How long after its delayed event has fired a job of another replica is cleared from the store.
+const LEFT_BEHIND: Duration = Duration::from_mins(1);
+
+/// The time, as both clocks show it: one for timers, one for the store.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now {
+    pub(crate) instant: Instant,
+    pub(crate) wall: SystemTime,
+}
+
+/// Bounds and habits of all jobs.
+#[derive(Clone, Debug)]
+pub(crate) struct Rules {
+    pub(crate) shortest: Duration,
+    pub(crate) longest: Duration,
+    pub(crate) jobs: usize,
+    pub(crate) jobs_per_user: usize,
+    pub(crate) sanity: Option<Duration>,
+    pub(crate) seed: u64,
+}
+
+/// A request that waits for its job to be written.
+pub(crate) type Ticket = u64;
+/// One job among all that ever were; a participant's next job has another one.
+pub(crate) type Serial = u64;
+/// One write to the store.
+pub(crate) type WriteId = u64;
+
+/// What the shell has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    Restart {
+        serial: Serial,
+        call: CallId,
+        params: Arc<JobParams>,
+    },
+    Send {
+        serial: Serial,
+        call: CallId,
+        params: Arc<JobParams>,
+    },
+    Look {
+        serial: Serial,
+        call: CallId,
+        params: Arc<JobParams>,
+    },
+    /// Whatever is on its way for this job: stop it.
+    Cancel {
+        serial: Serial,
+    },
+    Put {
+        write: WriteId,
+        job: StoredJob,
+    },
+    Remove {
+        write: WriteId,
+        key: JobKey,
+    },
+    Lease {
+        serial: Serial,
+        key: JobKey,
+    },
+    Release {
+        key: JobKey,
+    },
+    /// The job of this request is written, or the store is out of order and it is kept in memory.
+    Reply {
+        ticket: Ticket,
+    },
+}
+
+/// What the store said about a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lease {
+    Granted,
+    Refused,
+    /// The store is out of order. Then nobody else gets a lease either.
+    Unknown,
+}
+
+/// Why a job is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum AddError {
+    #[error("the client's fault: delay_timeout is shorter or longer than this service keeps")]
+    BadTimeout,
+    #[error("this user has as many delegated leaves as one user may have")]
+    UserFull,
+    #[error("this service has as many delegated leaves as it may have")]
+    Full,
+    #[error("this service is shutting down")]
+    ShuttingDown,
+}
+
+/// How many there are and were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Jobs whose participant has not connected yet.
+    pub waiting: usize,
+    /// Jobs whose participant is on the SFU.
+    pub connected: usize,
+    /// Jobs whose delayed event is being sent.
+    pub leaving: usize,
+    /// Jobs of which another replica has the lease.
+    pub elsewhere: usize,
+    /// Writes that the store has not taken yet.
+    pub unwritten: usize,
+    /// Restarts that succeeded.
+    pub restarts: u64,
+    /// Restart attempts that failed.
+    pub restart_failures: u64,
+    /// Delayed events sent.
+    pub sends: u64,
+    /// *Send* attempts that failed.
+    pub send_failures: u64,
+    /// Jobs that ended because the homeserver no longer had the event or refused.
+    pub lost: u64,
+    /// Jobs that ended because the participant never came.
+    pub aborted: u64,
+    /// Writes that the store failed to do.
+    pub store_errors: u64,
+}
+
+/// All jobs of this replica.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    rules: Rules,
+    jobs: HashMap<Serial, Entry>,
+    by_key: HashMap<JobKey, Serial>,
+    per_user: HashMap<Arc<str>, usize>,
+    timers: BTreeSet<(Instant, Serial)>,
+    writers: HashMap<JobKey, Writer>,
+    retries: BTreeSet<(Instant, JobKey)>,
+    serials: Serial,
+    writes: WriteId,
+    closed: bool,
+    effects: VecDeque<Effect>,
+    stats: Stats,
+}
+
+#[derive(Debug)]
+struct Entry {
+    params: Arc<JobParams>,
+    user: Option<Arc<str>>,
+    job: Job,
+    holding: Holding,
+    inbox: Vec<Input>,
+    restarted_at: SystemTime,
+    connected: bool,
+    /// When the store last took it; a job from the store has been taken before.
+    written: Option<Instant>,
+    from_store: bool,
+    /// Its place in `timers`.
+    due: Option<Instant>,
+}
+
+/// Whether this replica may act on the job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holding {
+    Asking,
+    Held { renew: Instant, asking: bool },
+    Elsewhere { ask: Instant },
+}
+
+/// The writes for one participant.
+#[derive(Debug, Default)]
+struct Writer {
+    running: Option<(WriteId, Op, Vec<Ticket>)>,
+    pending: Option<Op>,
+    tickets: Vec<Ticket>,
+    failures: u32,
+    retry: Option<Instant>,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Put(StoredJob),
+    Remove,
+}
+
+impl Registry {
+    pub(crate) fn new(rules: Rules) -> Self {
+        Self {
+            rules,
+            jobs: HashMap::new(),
+            by_key: HashMap::new(),
+            per_user: HashMap::new(),
+            timers: BTreeSet::new(),
+            writers: HashMap::new(),
+            retries: BTreeSet::new(),
+            serials: 0,
+            writes: 0,
+            closed: false,
+            effects: VecDeque::new(),
+            stats: Stats::default(),
+        }
+    }
+
+    /// Takes a job over for `user`, in place of what there was for the same participant.
+    /// [`Effect::Reply`] with `ticket` says when it is written.
+    pub(crate) fn add(
+        &mut self,
+        now: Now,
+        params: JobParams,
+        user: &str,
+        ticket: Ticket,
+    ) -> Result<(), AddError> {
+        if self.closed {
+            return Err(AddError::ShuttingDown);
+        }
+        if params.delay_timeout < self.rules.shortest || params.delay_timeout > self.rules.longest {
+            return Err(AddError::BadTimeout);
+        }
+        let replaced = self.by_key.get(&params.key).and_then(|serial| self.jobs.get(serial));
+        let mine = replaced.and_then(|entry| entry.user.as_deref()) == Some(user);
+        if replaced.is_none() && self.jobs.len() >= self.rules.jobs {
+            return Err(AddError::Full);
+        }
+        if !mine && self.per_user.get(user).is_some_and(|count| *count >= self.rules.jobs_per_user) {
+            return Err(AddError::UserFull);
+        }
+        let superseded = replaced.and_then(|entry| entry.job.sid()).map(str::to_owned);
+        if let Some(serial) = self.by_key.get(&params.key).copied() {
+            self.forget(serial);
+        }
+        let key = params.key.clone();
+        let user: Arc<str> =
+            self.per_user.get_key_value(user).map_or_else(|| user.into(), |(u, _)| u.clone());
+        *self.per_user.entry(user.clone()).or_default() += 1;
+        let start = Start {
+            timeout: params.delay_timeout,
+            remaining: params.delay_timeout,
+            was_connected: false,
+            first_look: Duration::ZERO,
+            sanity: self.rules.sanity,
+            superseded,
+            seed: 0,
+        };
+        self.insert(now, params, start, Some(user), now.wall, false);
+        self.write(now, &key, Some(ticket));
+        Ok(())
+    }
+
+    /// Takes a job up again that an earlier process, or another replica, has left in the store. One whose
+    /// delayed event has fired meanwhile is removed.
+    pub(crate) fn restore(&mut self, now: Now, stored: StoredJob) {
+        if self.by_key.contains_key(&stored.params.key) {
+            return;
+        }
+        let StoredJob { params, restarted_at, connected } = stored;
+        let age = now.wall.duration_since(restarted_at).unwrap_or_default();
+        let remaining = params.delay_timeout.saturating_sub(age);
+        let sane = params.delay_timeout <= self.rules.longest && !params.delay_timeout.is_zero();
+        if remaining.is_zero() || !sane {
+            self.queue(now, params.key, Op::Remove, None);
+            return;
+        }
+        let others = u32::try_from(self.jobs.len()).unwrap_or(u32::MAX);
+        let spread = LOOK_SPREAD.0.saturating_mul(others).min(LOOK_SPREAD.1).min(remaining / 4);
+        let start = Start {
+            timeout: params.delay_timeout,
+            remaining,
+            was_connected: connected == Some(true),
+            first_look: spread,
+            sanity: self.rules.sanity,
+            superseded: None,
+            seed: 0,
+        };
+        self.insert(now, params, start, None, restarted_at, connected == Some(true));
+    }
+
+    /// Compares with what all replicas have in the store, as read from `since` on: jobs that nobody holds are
+    /// taken up, jobs that another replica has replaced are given up, jobs that the store has lost are written
+    /// again.
+    pub(crate) fn swept(&mut self, now: Now, since: Instant, stored: Vec<StoredJob>) {
+        let mut missing: BTreeSet<Serial> = self.jobs.keys().copied().collect();
+        for job in stored {
+            let Some(serial) = self.by_key.get(&job.params.key).copied() else {
+                let age = now.wall.duration_since(job.restarted_at).unwrap_or_default();
+                let fired = age >= job.params.delay_timeout;
+                let forgotten = age >= job.params.delay_timeout.saturating_add(LEFT_BEHIND);
+                // What is being removed must not come back.
+                if !self.closed && !self.writers.contains_key(&job.params.key) && (!fired || forgotten) {
+                    self.restore(now, job);
+                }
+                continue;
+            };
+            let Some(entry) = self.jobs.get(&serial) else { continue };
+            if job.params.delay_id == entry.params.delay_id {
+                missing.remove(&serial);
+            } else if matches!(entry.holding, Holding::Held { .. }) && self.settled(serial, since) {
+                missing.remove(&serial);
+                let key = job.params.key;
+                self.forget(serial);
+                self.effects.push_back(Effect::Release { key });
+            }
+        }
+        for serial in missing {
+            if self.settled(serial, since)
+                && let Some(entry) = self.jobs.get(&serial)
+                && !(entry.from_store && matches!(entry.holding, Holding::Elsewhere { .. }))
+            {
+                let key = entry.params.key.clone();
+                self.write(now, &key, None);
+            }
+        }
+    }
+
+    /// What the SFU says about a participant.
+    pub(crate) fn event(&mut self, now: Now, key: &JobKey, input: Input) {
+        if let Some(serial) = self.by_key.get(key).copied() {
+            self.input(now, serial, input);
+        }
+    }
+
+    /// The answer to [`Effect::Look`].
+    pub(crate) fn looked(&mut self, now: Now, serial: Serial, call: CallId, presence: Presence) {
+        self.input(now, serial, Input::Looked { call, presence });
+    }
+
+    /// The answer to [`Effect::Restart`] and [`Effect::Send`].
+    pub(crate) fn called(&mut self, now: Now, serial: Serial, call: CallId, outcome: Outcome) {
+        let Some(entry) = self.jobs.get(&serial) else { return };
+        if matches!(outcome, Outcome::Later(_) | Outcome::Refused) {
+            match entry.job.phase() {
+                Phase::Connected => self.stats.restart_failures += 1,
+                Phase::Leaving => self.stats.send_failures += 1,
+                Phase::Waiting | Phase::Ended => {}
+            }
+        }
+        self.input(now, serial, Input::Called { call, outcome });
+    }
+
+    /// The answer to [`Effect::Lease`].
+    pub(crate) fn leased(&mut self, now: Now, serial: Serial, lease: Lease) {
+        let Some(entry) = self.jobs.get_mut(&serial) else { return };
+        let renewal = matches!(entry.holding, Holding::Held { .. });
+        match lease {
+            Lease::Granted | Lease::Unknown => {
+                entry.holding = Holding::Held { renew: now.instant + LEASE_RENEWAL, asking: false };
+                for input in std::mem::take(&mut entry.inbox) {
+                    entry.job.handle(now.instant, input);
+                }
+                entry.job.handle_timeout(now.instant);
+                self.drain(now, serial);
+            }
+            // Another replica has it, and the store with it. Nothing more is written from here.
+            Lease::Refused if renewal || entry.from_store => self.forget(serial),
+            Lease::Refused => {
+                entry.holding = Holding::Elsewhere { ask: now.instant + LEASE_RENEWAL };
+                self.schedule(serial);
+            }
+        }
+    }
+
+    /// The answer to [`Effect::Put`] and [`Effect::Remove`].
+    pub(crate) fn stored(&mut self, now: Now, key: &JobKey, write: WriteId, succeeded: bool) {
+        let Some(writer) = self.writers.get_mut(key) else { return };
+        let Some((_, op, tickets)) = writer.running.take_if(|(running, ..)| *running == write) else {
+            return;
+        };
+        self.effects.extend(tickets.into_iter().map(|ticket| Effect::Reply { ticket }));
+        if succeeded {
+            writer.failures = 0;
+            match &op {
+                Op::Put(_) => {
+                    let entry = self.by_key.get(key).and_then(|serial| self.jobs.get_mut(serial));
+                    if let Some(entry) = entry {
+                        entry.written = Some(now.instant);
+                    }
+                }
+                Op::Remove if !self.by_key.contains_key(key) => {
+                    self.effects.push_back(Effect::Release { key: key.clone() });
+                }
+                Op::Remove => {}
+            }
+        } else {
+            self.stats.store_errors += 1;
+            writer.failures = writer.failures.saturating_add(1);
+            let wait = STORE_BACKOFF.0.saturating_mul(1 << (writer.failures - 1).min(6)).min(STORE_BACKOFF.1);
+            writer.retry = Some(now.instant + wait);
+            self.retries.insert((now.instant + wait, key.clone()));
+            writer.pending.get_or_insert(op);
+        }
+        self.next_write(key);
+    }
+
+    /// Does what has become due.
+    pub(crate) fn handle_timeout(&mut self, now: Now) {
+        while let Some((at, serial)) = self.timers.first().copied()
+            && at <= now.instant
+        {
+            self.timers.pop_first();
+            let Some(entry) = self.jobs.get_mut(&serial) else { continue };
+            entry.due = None;
+            match &mut entry.holding {
+                Holding::Held { renew, asking } => {
+                    if *renew <= now.instant && !*asking {
+                        *asking = true;
+                        let key = entry.params.key.clone();
+                        self.effects.push_back(Effect::Lease { serial, key });
+                    }
+                    entry.job.handle_timeout(now.instant);
+                }
+                Holding::Elsewhere { ask } => {
+                    // Its event has fired meanwhile, or whoever has the lease keeps another one alive.
+                    let age = now.wall.duration_since(entry.restarted_at).unwrap_or_default();
+                    if age >= entry.params.delay_timeout.saturating_add(LEFT_BEHIND) {
+                        self.forget(serial);
+                        continue;
+                    }
+                    if *ask <= now.instant {
+                        entry.holding = Holding::Asking;
+                        let key = entry.params.key.clone();
+                        self.effects.push_back(Effect::Lease { serial, key });
+                    }
+                }
+                Holding::Asking => {}
+            }
+            self.drain(now, serial);
+        }
+        while let Some((at, key)) = self.retries.first().cloned()
+            && at <= now.instant
+        {
+            self.retries.pop_first();
+            if let Some(writer) = self.writers.get_mut(&key) {
+                writer.retry = None;
+            }
+            self.next_write(&key);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is due next.
+    pub(crate) fn timeout(&self) -> Option<Instant> {
+        let job = self.timers.first().map(|(at, _)| *at);
+        let retry = self.retries.first().map(|(at, _)| *at);
+        job.into_iter().chain(retry).min()
+    }
+
+    /// The next thing to do.
+    pub(crate) fn poll(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// Takes no more jobs.
+    pub(crate) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Whether no event is being sent and the store has taken everything that it does take: what a shutdown
+    /// waits for.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.jobs.values().all(|entry| entry.job.phase() != Phase::Leaving)
+            && self.writers.values().all(|writer| writer.running.is_none() && writer.retry.is_some())
+    }
+
+    /// Whether every lease has been answered and every write tried: what a start waits for.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.jobs.values().all(|entry| entry.holding != Holding::Asking)
+            && self.writers.values().all(|writer| writer.running.is_none())
+    }
+
+    /// The jobs of which this replica has the lease.
+    pub(crate) fn held(&self) -> impl Iterator<Item = &JobKey> {
+        let held = |entry: &&Entry| matches!(entry.holding, Holding::Held { .. });
+        self.jobs.values().filter(held).map(|entry| &entry.params.key)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let mut stats = self.stats;
+        for entry in self.jobs.values() {
+            match (entry.holding, entry.job.phase()) {
+                (Holding::Elsewhere { .. }, _) => stats.elsewhere += 1,
+                (_, Phase::Waiting) => stats.waiting += 1,
+                (_, Phase::Connected) => stats.connected += 1,
+                (_, Phase::Leaving) => stats.leaving += 1,
+                (_, Phase::Ended) => {}
+            }
+        }
+        stats.unwritten = self.writers.len();
+        stats
+    }
+
+    fn insert(
+        &mut self,
+        now: Now,
+        params: JobParams,
+        mut start: Start,
+        user: Option<Arc<str>>,
+        restarted_at: SystemTime,
+        connected: bool,
+    ) {
+        self.serials += 1;
+        let serial = self.serials;
+        start.seed = self.rules.seed ^ serial;
+        let from_store = user.is_none();
+        let key = params.key.clone();
+        let entry = Entry {
+            params: Arc::new(params),
+            user,
+            job: Job::new(now.instant, start),
+            holding: Holding::Asking,
+            inbox: Vec::new(),
+            restarted_at,
+            connected,
+            written: from_store.then_some(now.instant),
+            from_store,
+            due: None,
+        };
+        self.jobs.insert(serial, entry);
+        self.by_key.insert(key.clone(), serial);
+        self.effects.push_back(Effect::Lease { serial, key });
+    }
+
+    fn input(&mut self, now: Now, serial: Serial, input: Input) {
+        let Some(entry) = self.jobs.get_mut(&serial) else { return };
+        if matches!(entry.holding, Holding::Held { .. }) {
+            entry.job.handle(now.instant, input);
+            self.drain(now, serial);
+        } else if entry.inbox.len() < INBOX {
+            entry.inbox.push(input);
+        }
+    }
+
+    /// Takes what a job wants done, and sets its timer.
+    fn drain(&mut self, now: Now, serial: Serial) {
+        while let Some(entry) = self.jobs.get_mut(&serial)
+            && matches!(entry.holding, Holding::Held { .. })
+            && let Some(output) = entry.job.poll()
+        {
+            let params = entry.params.clone();
+            match output {
+                Output::Restart(call) => self.effects.push_back(Effect::Restart { serial, call, params }),
+                Output::Send(call) => self.effects.push_back(Effect::Send { serial, call, params }),
+                Output::Look(call) => self.effects.push_back(Effect::Look { serial, call, params }),
+                Output::Restarted { sent_at } => {
+                    self.stats.restarts += 1;
+                    entry.restarted_at = now.wall - now.instant.saturating_duration_since(sent_at);
+                    entry.connected = true;
+                    self.write(now, &params.key, None);
+                }
+                Output::Ended(end) => {
+                    match end {
+                        End::Sent => self.stats.sends += 1,
+                        End::Lost => self.stats.lost += 1,
+                        End::Aborted => self.stats.aborted += 1,
+                        End::NotSent | End::Expired => {}
+                    }
+                    tracing::info!(room = %params.key.room, ?end, "delegated leave is over");
+                    self.forget(serial);
+                    self.queue(now, params.key.clone(), Op::Remove, None);
+                }
+            }
+        }
+        self.schedule(serial);
+    }
+
+    fn schedule(&mut self, serial: Serial) {
+        let Some(entry) = self.jobs.get_mut(&serial) else { return };
+        let due = match entry.holding {
+            Holding::Held { renew, asking } => {
+                entry.job.timeout().into_iter().chain((!asking).then_some(renew)).min()
+            }
+            Holding::Elsewhere { ask } => Some(ask),
+            Holding::Asking => None,
+        };
+        if due != entry.due {
+            if let Some(old) = entry.due {
+                self.timers.remove(&(old, serial));
+            }
+            self.timers.extend(due.map(|at| (at, serial)));
+            entry.due = due;
+        }
+    }
+
+    /// Drops a job, and what is on its way for it.
+    fn forget(&mut self, serial: Serial) {
+        let Some(entry) = self.jobs.remove(&serial) else { return };
+        self.by_key.remove(&entry.params.key);
+        if let Some(due) = entry.due {
+            self.timers.remove(&(due, serial));
+        }
+        if let Some(user) = entry.user
+            && let Some(count) = self.per_user.get_mut(&user)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.per_user.remove(&user);
+            }
+        }
+        self.effects.push_back(Effect::Cancel { serial });
+    }
+
+    /// Writes the job of `key` as it is now.
+    fn write(&mut self, now: Now, key: &JobKey, ticket: Option<Ticket>) {
+        let Some(entry) = self.by_key.get(key).and_then(|serial| self.jobs.get(serial)) else { return };
+        let job = StoredJob {
+            params: JobParams::clone(&entry.params),
+            restarted_at: entry.restarted_at,
+            connected: Some(entry.connected),
+        };
+        self.queue(now, key.clone(), Op::Put(job), ticket);
+    }
+
+    fn queue(&mut self, _: Now, key: JobKey, op: Op, ticket: Option<Ticket>) {
+        let writer = self.writers.entry(key.clone()).or_default();
+        writer.pending = Some(op);
+        writer.tickets.extend(ticket);
+        // A request does not wait for the next attempt at a store that is out of order.
+        if writer.retry.is_some() {
+            self.effects.extend(writer.tickets.drain(..).map(|ticket| Effect::Reply { ticket }));
+        }
+        self.next_write(&key);
+    }
+
+    fn next_write(&mut self, key: &JobKey) {
+        let Some(writer) = self.writers.get_mut(key) else { return };
+        if writer.running.is_some() || writer.retry.is_some() {
+            return;
+        }
+        let Some(op) = writer.pending.take() else {
+            self.writers.remove(key);
+            return;
+        };
+        self.writes += 1;
+        let write = self.writes;
+        self.effects.push_back(match &op {
+            Op::Put(job) => Effect::Put { write, job: job.clone() },
+            Op::Remove => Effect::Remove { write, key: key.clone() },
+        });
+        writer.running = Some((write, op, std::mem::take(&mut writer.tickets)));
+    }
+
+    /// Whether the store had taken the job before `since`, and nothing is being written for it.
+    fn settled(&self, serial: Serial, since: Instant) -> bool {
+        self.jobs.get(&serial).is_some_and(|entry| {
+            entry.written.is_some_and(|written| written < since)
+                && !self.writers.contains_key(&entry.params.key)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

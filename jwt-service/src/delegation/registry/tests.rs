@@ -1,0 +1,400 @@
+//! The registry against a model: a store that fails and a process that dies at any point.
+
+use std::{collections::HashSet, time::UNIX_EPOCH};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    ParticipantIdentity, RoomAlias,
+    delegation::{DelayId, Leave},
+};
+
+const HOUR: Duration = Duration::from_hours(1);
+
+fn rules() -> Rules {
+    Rules {
+        shortest: Duration::from_millis(100),
+        longest: Duration::from_hours(24),
+        jobs: 4,
+        jobs_per_user: 2,
+        sanity: None,
+        seed: 7,
+    }
+}
+
+fn key(n: u8) -> JobKey {
+    JobKey {
+        room: RoomAlias::of_slot("!r:hs", "s"),
+        identity: ParticipantIdentity::of_member("@a:hs", "D", &n.to_string()),
+    }
+}
+
+fn params(n: u8, id: &str, timeout: Duration) -> JobParams {
+    JobParams {
+        key: key(n),
+        server: "hs.org".parse().unwrap(),
+        delay_id: DelayId::new(id.to_owned()).unwrap(),
+        delay_timeout: timeout,
+    }
+}
+
+fn name(params: &JobParams) -> (JobKey, String) {
+    (params.key.clone(), params.delay_id.as_str().to_owned())
+}
+
+/// A registry with everything around it, and what its promises come to.
+struct World {
+    registry: Registry,
+    now: Now,
+    store: HashMap<JobKey, StoredJob>,
+    outstanding: Vec<Effect>,
+    /// Requests that wait, with the job that they are about.
+    tickets: HashMap<Ticket, (JobKey, String)>,
+    /// Jobs that a client was told we have, less those that are over.
+    promised: HashMap<JobKey, String>,
+    replies: Vec<Ticket>,
+    sent: HashSet<String>,
+    sends: Vec<String>,
+    next: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "an Instant has no other origin; the test moves it by itself"
+        )]
+        let now = Now { instant: Instant::now(), wall: UNIX_EPOCH + HOUR * 1000 };
+        Self {
+            registry: Registry::new(rules()),
+            now,
+            store: HashMap::new(),
+            outstanding: Vec::new(),
+            tickets: HashMap::new(),
+            promised: HashMap::new(),
+            replies: Vec::new(),
+            sent: HashSet::new(),
+            sends: Vec::new(),
+            next: 0,
+        }
+    }
+
+    fn add(&mut self, n: u8, timeout: Duration) -> Result<Ticket, AddError> {
+        self.next += 1;
+        let (ticket, id) = (self.next, format!("id-{}", self.next));
+        self.registry.add(self.now, params(n, &id, timeout), &format!("@{}:hs", n % 2), ticket)?;
+        // The new job replaces what was promised before, whether its request is answered or not.
+        self.promised.remove(&key(n));
+        self.tickets.insert(ticket, (key(n), id));
+        self.collect();
+        Ok(ticket)
+    }
+
+    fn event(&mut self, n: u8, input: Input) {
+        self.registry.event(self.now, &key(n), input);
+        self.collect();
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now = Now { instant: self.now.instant + time, wall: self.now.wall + time };
+        self.registry.handle_timeout(self.now);
+        self.collect();
+    }
+
+    fn collect(&mut self) {
+        while let Some(effect) = self.registry.poll() {
+            match effect {
+                Effect::Cancel { serial } => self.outstanding.retain(|effect| {
+                    !matches!(effect, Effect::Restart { serial: s, .. } | Effect::Send { serial: s, .. }
+                        | Effect::Look { serial: s, .. } if *s == serial)
+                }),
+                Effect::Reply { ticket } => {
+                    self.replies.push(ticket);
+                    let (key, id) = self.tickets.remove(&ticket).expect("answered once");
+                    let current = self.registry.by_key.get(&key).map(|serial| &self.registry.jobs[serial]);
+                    if current.is_some_and(|entry| entry.params.delay_id.as_str() == id)
+                        && self.store.get(&key).is_some_and(|job| job.params.delay_id.as_str() == id)
+                    {
+                        self.promised.insert(key, id);
+                    }
+                }
+                Effect::Release { .. } => {}
+                Effect::Send { ref params, .. } => {
+                    let id = params.delay_id.as_str().to_owned();
+                    assert!(!self.sent.contains(&id), "sent again after success");
+                    self.sends.push(id);
+                    self.outstanding.push(effect);
+                }
+                other => self.outstanding.push(other),
+            }
+        }
+    }
+
+    /// The answer to the `n`-th thing that is on its way comes: a success or a failure.
+    fn answer(&mut self, n: usize, good: bool) {
+        if self.outstanding.is_empty() {
+            return;
+        }
+        let effect = self.outstanding.remove(n % self.outstanding.len());
+        let outcome = if good { Outcome::Done } else { Outcome::Later(None) };
+        match effect {
+            Effect::Restart { serial, call, .. } => self.registry.called(self.now, serial, call, outcome),
+            Effect::Send { serial, call, params } => {
+                if good {
+                    self.sent.insert(params.delay_id.as_str().to_owned());
+                    self.promised.remove(&params.key);
+                }
+                self.registry.called(self.now, serial, call, outcome);
+            }
+            Effect::Look { serial, call, .. } => {
+                self.registry.looked(self.now, serial, call, Presence::Unknown);
+            }
+            Effect::Put { write, job } => {
+                if good {
+                    self.store.insert(job.params.key.clone(), job.clone());
+                }
+                self.registry.stored(self.now, &job.params.key, write, good);
+            }
+            Effect::Remove { write, key } => {
+                if good {
+                    // An older job may be there still, whose successor the store never took; never one that
+                    // is promised and not sent.
+                    let gone = self.store.remove(&key).map(|job| job.params.delay_id.as_str().to_owned());
+                    let promised = self.promised.get(&key);
+                    assert!(gone.is_none() || gone.as_ref() != promised, "removed before it was sent");
+                }
+                self.registry.stored(self.now, &key, write, good);
+            }
+            Effect::Lease { serial, .. } => {
+                self.registry.leased(self.now, serial, if good { Lease::Granted } else { Lease::Unknown });
+            }
+            Effect::Cancel { .. } | Effect::Release { .. } | Effect::Reply { .. } => {}
+        }
+        self.collect();
+    }
+
+    fn answer_all(&mut self) {
+        while !self.outstanding.is_empty() {
+            self.answer(0, true);
+        }
+    }
+
+    /// The process dies and another one starts. A write that is on its way may have arrived.
+    fn crash(&mut self, arrived: bool) {
+        for effect in std::mem::take(&mut self.outstanding) {
+            match effect {
+                Effect::Put { job, .. } if arrived => {
+                    self.store.insert(job.params.key.clone(), job);
+                }
+                Effect::Remove { key, .. } if arrived => {
+                    self.store.remove(&key);
+                }
+                _ => {}
+            }
+        }
+        self.registry = Registry::new(rules());
+        self.tickets.clear();
+        // What was sent but not yet removed comes back, and finds nothing at the homeserver.
+        self.sent.clear();
+        for job in self.store.values().cloned().collect::<Vec<_>>() {
+            self.registry.restore(self.now, job);
+        }
+        self.collect();
+    }
+
+    fn check(&self) {
+        assert_eq!(self.registry.jobs.len(), self.registry.by_key.len(), "one live job for each participant");
+        for (key, id) in &self.promised {
+            let serial = self.registry.by_key.get(key).expect("a promised job is there");
+            assert_eq!(self.registry.jobs[serial].params.delay_id.as_str(), id);
+            let stored = self.store.get(key).expect("a promised job is in the store");
+            assert_eq!(stored.params.delay_id.as_str(), id);
+        }
+        let mut writing = HashSet::new();
+        for effect in &self.outstanding {
+            let (Effect::Put { job: StoredJob { params: JobParams { key, .. }, .. }, .. }
+            | Effect::Remove { key, .. }) = effect
+            else {
+                continue;
+            };
+            assert!(writing.insert(key.clone()), "two writes at once for one participant");
+        }
+    }
+}
+
+#[test]
+fn a_request_is_answered_after_its_job_is_written() {
+    let mut world = World::new();
+    let ticket = world.add(0, HOUR).unwrap();
+    assert!(world.replies.is_empty());
+    world.answer_all();
+    assert_eq!(world.replies, [ticket]);
+    assert!(world.store.contains_key(&key(0)));
+}
+
+#[test]
+fn a_store_that_is_out_of_order_fails_no_request_and_gets_everything_later() {
+    let mut world = World::new();
+    let first = world.add(0, HOUR).unwrap();
+    let put = world.outstanding.iter().position(|e| matches!(e, Effect::Put { .. })).unwrap();
+    world.answer(put, false);
+    let second = world.add(0, HOUR).unwrap();
+    assert_eq!(world.replies, [first, second]);
+    assert!(world.store.is_empty());
+    world.pass(Duration::from_secs(1));
+    world.answer_all();
+    assert_eq!(world.store[&key(0)].params.delay_id.as_str(), "id-2", "the newest is written");
+    assert_eq!(world.registry.stats().unwritten, 0);
+}
+
+#[test]
+fn a_write_that_failed_does_not_come_after_a_newer_one() {
+    let mut world = World::new();
+    world.add(0, HOUR).unwrap();
+    world.add(0, HOUR).unwrap();
+    let put = world.outstanding.iter().position(|e| matches!(e, Effect::Put { .. })).unwrap();
+    world.answer(put, false);
+    world.pass(Duration::from_secs(1));
+    world.answer_all();
+    assert_eq!(world.store[&key(0)].params.delay_id.as_str(), "id-2");
+}
+
+#[test]
+fn replacing_a_job_stops_what_was_on_its_way_for_it() {
+    let mut world = World::new();
+    world.add(0, HOUR).unwrap();
+    world.answer_all();
+    world.event(0, Input::Joined { sid: None });
+    world.event(0, Input::Left { sid: None, why: Leave::OnPurpose });
+    assert!(world.outstanding.iter().any(|effect| matches!(effect, Effect::Send { .. })));
+    world.add(0, HOUR).unwrap();
+    assert!(!world.outstanding.iter().any(|e| matches!(e, Effect::Send { .. } | Effect::Restart { .. })));
+    world.answer_all();
+    assert_eq!(world.store[&key(0)].params.delay_id.as_str(), "id-2");
+}
+
+#[test]
+fn bounds_hold() {
+    let mut world = World::new();
+    assert_eq!(world.add(0, Duration::from_millis(1)), Err(AddError::BadTimeout));
+    assert_eq!(world.add(0, HOUR * 25), Err(AddError::BadTimeout));
+    for n in [0, 2] {
+        world.add(n, HOUR).unwrap();
+    }
+    assert_eq!(world.add(4, HOUR), Err(AddError::UserFull));
+    world.add(2, HOUR).unwrap();
+    for n in [1, 3] {
+        world.add(n, HOUR).unwrap();
+    }
+    assert_eq!(world.add(5, HOUR), Err(AddError::Full));
+    world.registry.close();
+    assert_eq!(world.add(0, HOUR), Err(AddError::ShuttingDown));
+}
+
+#[test]
+fn a_job_whose_event_has_fired_is_cleared_away_at_the_start() {
+    let mut world = World::new();
+    let restarted_at = world.now.wall - HOUR;
+    let job = StoredJob { params: params(0, "old", HOUR), restarted_at, connected: Some(true) };
+    world.sent.insert("old".into());
+    world.store.insert(key(0), job.clone());
+    world.registry.restore(world.now, job);
+    world.collect();
+    assert!(matches!(&world.outstanding[..], [Effect::Remove { .. }]), "{:?}", world.outstanding);
+    world.answer_all();
+    assert!(world.store.is_empty());
+}
+
+#[test]
+fn a_job_acts_only_with_its_lease() {
+    let mut world = World::new();
+    world.add(0, HOUR).unwrap();
+    let serial = world.registry.by_key[&key(0)];
+    world.registry.leased(world.now, serial, Lease::Refused);
+    world.event(0, Input::Joined { sid: None });
+    assert!(!world.outstanding.iter().any(|effect| matches!(effect, Effect::Restart { .. })));
+    assert_eq!(world.registry.stats().elsewhere, 1);
+    world.registry.leased(world.now, serial, Lease::Granted);
+    world.collect();
+    assert!(
+        world.outstanding.iter().any(|effect| matches!(effect, Effect::Restart { .. })),
+        "kept until then"
+    );
+
+    world.outstanding.clear();
+    world.registry.leased(world.now, serial, Lease::Refused);
+    world.collect();
+    assert!(world.registry.jobs.is_empty(), "lost: another replica has the job and its entry");
+    assert!(!world.outstanding.iter().any(|effect| matches!(effect, Effect::Remove { .. })));
+}
+
+#[test]
+fn a_sweep_takes_up_gives_up_and_writes_again() {
+    let mut world = World::new();
+    world.add(0, HOUR).unwrap();
+    world.add(1, HOUR).unwrap();
+    world.answer_all();
+    world.pass(Duration::from_secs(1));
+    let stored =
+        |n, id| StoredJob { params: params(n, id, HOUR), restarted_at: world.now.wall, connected: None };
+    // Job 0 was replaced at another replica, job 1 is lost, job 2 is nobody's.
+    let found = vec![stored(0, "newer"), stored(2, "orphan")];
+    let now = world.now;
+    world.registry.swept(now, now.instant, found);
+    world.collect();
+    let keys: HashSet<_> = world.registry.by_key.keys().cloned().collect();
+    assert_eq!(keys, HashSet::from([key(1), key(2)]));
+    let puts = world.outstanding.iter().filter_map(|effect| match effect {
+        Effect::Put { job, .. } => Some(job.params.key.clone()),
+        _ => None,
+    });
+    assert_eq!(puts.collect::<Vec<_>>(), [key(1)]);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Add(u8),
+    Joined(u8),
+    Left(u8),
+    Answer(usize, bool),
+    Pass(u64),
+    Crash(bool),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        2 => (0u8..3).prop_map(Step::Add),
+        2 => (0u8..3).prop_map(Step::Joined),
+        1 => (0u8..3).prop_map(Step::Left),
+        8 => (0usize..8, prop::bool::weighted(0.8)).prop_map(|(n, good)| Step::Answer(n, good)),
+        2 => (0u64..9_000).prop_map(Step::Pass),
+        1 => any::<bool>().prop_map(Step::Crash),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn no_promised_job_is_lost_wherever_the_process_dies(steps in prop::collection::vec(any_step(), 0..80)) {
+        let mut world = World::new();
+        for step in steps {
+            match step {
+                // The bounds are another test's business.
+                Step::Add(n) => drop(world.add(n, HOUR)),
+                Step::Joined(n) => world.event(n, Input::Joined { sid: None }),
+                Step::Left(n) => world.event(n, Input::Left { sid: None, why: Leave::OnPurpose }),
+                Step::Answer(n, good) => world.answer(n, good),
+                Step::Pass(ms) => world.pass(Duration::from_millis(ms)),
+                Step::Crash(arrived) => world.crash(arrived),
+            }
+            world.check();
+        }
+        // With a store that works again, it has exactly the jobs that are live.
+        world.pass(Duration::from_secs(20));
+        world.answer_all();
+        let live: HashSet<_> = world.registry.jobs.values().map(|entry| name(&entry.params)).collect();
+        let stored: HashSet<_> = world.store.values().map(|job| name(&job.params)).collect();
+        prop_assert_eq!(live, stored);
+        prop_assert!(world.tickets.is_empty(), "every request is answered");
+    }
+}

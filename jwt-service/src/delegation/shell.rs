@@ -1,0 +1,390 @@
+//! Delegated leave at work: performs what the [`Registry`] wants done, and tells it the time.
+#![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
+
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{Notify, Semaphore, oneshot},
+    task::AbortHandle,
+    time::Instant,
+};
+use url::Url;
+
+use super::{
+    DelegationConfig, JobKey, JobParams, Stats,
+    homeservers::{Action, Homeservers},
+    machine::{CallId, Input, Outcome, Presence},
+    registry::{AddError, Effect, LEASE_TTL, Lease, Now, Registry, Rules, Serial, Ticket},
+};
+use crate::{
+    ServerName, Sfu,
+    http::causes,
+    openid::{LookupError, Verifier},
+    store::{Store, StoreError},
+};
+
+/// Time for one call to the store.
+const STORE_TIME: Duration = Duration::from_secs(5);
+/// Time to read all jobs.
+const LOAD_TIME: Duration = Duration::from_secs(30);
+/// Time for one look at the SFU, waiting for a place included.
+const LOOK_TIME: Duration = Duration::from_secs(10);
+/// Calls to the SFU, and to the store, at a time.
+const LOOKS: usize = 64;
+const STORE_CALLS: usize = 64;
+/// Time to give all leases up at the end.
+const RELEASE_TIME: Duration = Duration::from_secs(2);
+
+/// All delegated leaves of this process. Dropping it stops them; they stay in the store.
+pub(crate) struct Delegation {
+    shared: Arc<Shared>,
+    tasks: Vec<AbortHandle>,
+}
+
+struct Shared {
+    registry: Mutex<Registry>,
+    calls: Mutex<HashMap<Serial, Vec<(CallId, AbortHandle)>>>,
+    replies: Mutex<HashMap<Ticket, oneshot::Sender<()>>>,
+    tickets: AtomicU64,
+    /// The time to come back has changed.
+    wake: Notify,
+    /// Anything has changed.
+    changed: Notify,
+    homeservers: Homeservers,
+    sfu: Arc<dyn Sfu>,
+    store: Arc<dyn Store>,
+    replica: String,
+    looks: Semaphore,
+    store_calls: Semaphore,
+}
+
+impl Delegation {
+    /// Starts with no jobs. Must be called within a tokio runtime.
+    pub(crate) fn start(
+        config: DelegationConfig,
+        sfu: Arc<dyn Sfu>,
+        store: Arc<dyn Store>,
+        verifier: Arc<Verifier>,
+    ) -> Self {
+        let rules = Rules {
+            shortest: config.shortest_delay,
+            longest: config.longest_delay,
+            jobs: config.jobs,
+            jobs_per_user: config.jobs_per_user,
+            sanity: config.sanity_interval,
+            seed: rand::random(),
+        };
+        // Only Redis can be another process's store too.
+        let several = store.kind() == "redis";
+        let shared = Arc::new(Shared {
+            registry: Mutex::new(Registry::new(rules)),
+            calls: Mutex::default(),
+            replies: Mutex::default(),
+            tickets: AtomicU64::new(0),
+            wake: Notify::new(),
+            changed: Notify::new(),
+            homeservers: Homeservers::new(verifier),
+            sfu,
+            store,
+            replica: config.replica,
+            looks: Semaphore::new(LOOKS),
+            store_calls: Semaphore::new(STORE_CALLS),
+        });
+        let mut tasks = vec![tokio::spawn(shared.clone().keep_time()).abort_handle()];
+        if several {
+            tasks.push(tokio::spawn(shared.clone().sweep()).abort_handle());
+        }
+        Self { shared, tasks }
+    }
+
+    /// Takes the jobs up that an earlier process has left in the store, and clears those away whose delayed
+    /// event has fired. To be awaited before requests and webhooks come in.
+    pub(crate) async fn restore(&self) {
+        match self.shared.load().await {
+            Ok(stored) => {
+                let found = stored.len();
+                self.shared.with(|registry, now| {
+                    for job in stored {
+                        registry.restore(now, job);
+                    }
+                });
+                self.shared.until(LOAD_TIME, Registry::is_settled).await;
+                let taken = self.stats();
+                tracing::info!(found, waiting = taken.waiting, "delegated leaves restored");
+            }
+            Err(error) => tracing::error!(cause = causes(&error), "no delegated leave could be restored"),
+        }
+    }
+
+    /// Where the client-server API of `server` is.
+    pub(crate) async fn resolve(&self, server: &ServerName) -> Result<Url, LookupError> {
+        self.shared.homeservers.resolve(server).await
+    }
+
+    /// Takes a job over for `user`; when this returns it is in the store, if the store works.
+    pub(crate) async fn add(&self, params: JobParams, user: &str) -> Result<(), AddError> {
+        let ticket = self.shared.tickets.fetch_add(1, Ordering::Relaxed);
+        let (sender, written) = oneshot::channel();
+        lock(&self.shared.replies).insert(ticket, sender);
+        if let Err(refused) = self.shared.with(|registry, now| registry.add(now, params, user, ticket)) {
+            lock(&self.shared.replies).remove(&ticket);
+            return Err(refused);
+        }
+        // The job is taken in any case, so a sender that is dropped is no failure.
+        let _ = written.await;
+        Ok(())
+    }
+
+    /// What the SFU says about a participant. `false`: we are shutting down, say it to another process.
+    pub(crate) fn event(&self, key: &JobKey, input: Input) -> bool {
+        self.shared.with(|registry, now| {
+            let open = !registry.is_closed();
+            if open {
+                registry.event(now, key, input);
+            }
+            open
+        })
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        lock(&self.shared.registry).stats()
+    }
+
+    /// Takes no more jobs, lets events be sent that are being sent, for at most `grace`, and leaves all other
+    /// jobs in the store to the next process.
+    pub(crate) async fn shutdown(&self, grace: Duration) {
+        self.shared.with(|registry, _| registry.close());
+        if !self.shared.until(grace, Registry::is_quiet).await {
+            tracing::warn!("some delayed events could not be sent before the end");
+        }
+        for task in &self.tasks {
+            task.abort();
+        }
+        for (_, calls) in lock(&self.shared.calls).drain() {
+            for (_, call) in calls {
+                call.abort();
+            }
+        }
+        let held: Vec<JobKey> = lock(&self.shared.registry).held().cloned().collect();
+        let mut releases = tokio::task::JoinSet::new();
+        for key in held {
+            let shared = self.shared.clone();
+            releases.spawn(async move { shared.release(&key).await });
+        }
+        // A lease that is not given up runs out by itself.
+        let _ = tokio::time::timeout(RELEASE_TIME, releases.join_all()).await;
+    }
+}
+
+impl Drop for Delegation {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl fmt::Debug for Delegation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Delegation").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Changes the registry, and sets going what that leads to. Nothing waits while it is locked.
+    fn with<T>(self: &Arc<Self>, change: impl FnOnce(&mut Registry, Now) -> T) -> T {
+        let now = Now { instant: Instant::now().into_std(), wall: SystemTime::now() };
+        let mut registry = lock(&self.registry);
+        let result = change(&mut registry, now);
+        while let Some(effect) = registry.poll() {
+            // Under the lock, so that a job's cancellation cannot overtake its calls.
+            self.perform(effect);
+        }
+        drop(registry);
+        self.wake.notify_one();
+        self.changed.notify_waiters();
+        result
+    }
+
+    fn perform(self: &Arc<Self>, effect: Effect) {
+        let shared = self.clone();
+        match effect {
+            Effect::Restart { serial, call, params } => self.act(serial, call, params, Action::Restart),
+            Effect::Send { serial, call, params } => self.act(serial, call, params, Action::Send),
+            Effect::Look { serial, call, params } => self.spawn(serial, call, async move {
+                let presence = shared.look(&params.key).await;
+                shared.with(|registry, now| registry.looked(now, serial, call, presence));
+            }),
+            Effect::Cancel { serial } => {
+                for (_, call) in lock(&self.calls).remove(&serial).into_iter().flatten() {
+                    call.abort();
+                }
+            }
+            Effect::Put { write, job } => {
+                tokio::spawn(async move {
+                    let written = shared.stored(shared.store.put(&job)).await.is_ok();
+                    shared.with(|registry, now| registry.stored(now, &job.params.key, write, written));
+                });
+            }
+            Effect::Remove { write, key } => {
+                tokio::spawn(async move {
+                    let written = shared.stored(shared.store.remove(&key)).await.is_ok();
+                    shared.with(|registry, now| registry.stored(now, &key, write, written));
+                });
+            }
+            Effect::Lease { serial, key } => {
+                tokio::spawn(async move {
+                    let asked = shared.store.lease(&key, &shared.replica, LEASE_TTL);
+                    let lease = match shared.stored(asked).await {
+                        Ok(true) => Lease::Granted,
+                        Ok(false) => Lease::Refused,
+                        Err(()) => Lease::Unknown,
+                    };
+                    shared.with(|registry, now| registry.leased(now, serial, lease));
+                });
+            }
+            Effect::Release { key } => {
+                tokio::spawn(async move { shared.release(&key).await });
+            }
+            Effect::Reply { ticket } => {
+                if let Some(waiting) = lock(&self.replies).remove(&ticket) {
+                    // The client may have gone; the job is taken all the same.
+                    let _ = waiting.send(());
+                }
+            }
+        }
+    }
+
+    fn act(self: &Arc<Self>, serial: Serial, call: CallId, params: Arc<JobParams>, action: Action) {
+        let shared = self.clone();
+        self.spawn(serial, call, async move {
+            let outcome: Outcome = shared.homeservers.act(&params, action).await;
+            shared.with(|registry, now| registry.called(now, serial, call, outcome));
+        });
+    }
+
+    /// Runs a call of a job, so that it can be stopped with the job.
+    fn spawn(
+        self: &Arc<Self>,
+        serial: Serial,
+        call: CallId,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let shared = self.clone();
+        let mut calls = lock(&self.calls);
+        let task = tokio::spawn(async move {
+            work.await;
+            let mut calls = lock(&shared.calls);
+            if let Some(running) = calls.get_mut(&serial) {
+                running.retain(|(id, _)| *id != call);
+                if running.is_empty() {
+                    calls.remove(&serial);
+                }
+            }
+        });
+        // Still locked: the task cannot have taken itself off the list before it is on it.
+        calls.entry(serial).or_default().push((call, task.abort_handle()));
+    }
+
+    async fn look(&self, key: &JobKey) -> Presence {
+        let asked = async {
+            let _place = self.looks.acquire().await;
+            self.sfu.participant(key.room.as_str(), key.identity.as_str()).await
+        };
+        match tokio::time::timeout(LOOK_TIME, asked).await {
+            Ok(Ok(Some(found))) => Presence::Present { sid: Some(found.sid).filter(|sid| !sid.is_empty()) },
+            Ok(Ok(None)) => Presence::Absent,
+            Ok(Err(error)) => {
+                tracing::debug!(room = %key.room, cause = causes(&error), "the SFU does not say who is there");
+                Presence::Unknown
+            }
+            Err(_) => Presence::Unknown,
+        }
+    }
+
+    /// One call to the store within bounds.
+    async fn stored<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, ()> {
+        let call = async {
+            let _place = self.store_calls.acquire().await;
+            call.await
+        };
+        match tokio::time::timeout(STORE_TIME, call).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => {
+                tracing::error!(cause = causes(&error), "store");
+                Err(())
+            }
+            Err(_) => {
+                tracing::error!(kind = self.store.kind(), "the store did not answer in time");
+                Err(())
+            }
+        }
+    }
+
+    async fn release(&self, key: &JobKey) {
+        let _ = self.stored(self.store.release(key, &self.replica)).await;
+    }
+
+    async fn load(&self) -> Result<Vec<super::StoredJob>, StoreError> {
+        tokio::time::timeout(LOAD_TIME, self.store.load()).await.unwrap_or_else(|late| {
+            Err(StoreError { kind: self.store.kind(), doing: "read all jobs", source: late.into() })
+        })
+    }
+
+    /// Waits until the registry is as `ready` says, for at most `limit`.
+    async fn until(self: &Arc<Self>, limit: Duration, ready: impl Fn(&Registry) -> bool) -> bool {
+        let wait = async {
+            loop {
+                let changed = self.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if ready(&lock(&self.registry)) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(limit, wait).await.is_ok()
+    }
+
+    async fn keep_time(self: Arc<Self>) {
+        loop {
+            let due = lock(&self.registry).timeout();
+            let sleep = async {
+                match due {
+                    Some(at) => tokio::time::sleep_until(Instant::from_std(at)).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = sleep => self.with(|registry, now| registry.handle_timeout(now)),
+                () = self.wake.notified() => {}
+            }
+        }
+    }
+
+    async fn sweep(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(LEASE_TTL).await;
+            let since = Instant::now().into_std();
+            match self.load().await {
+                Ok(stored) => self.with(|registry, now| registry.swept(now, since, stored)),
+                Err(error) => tracing::warn!(cause = causes(&error), "the shared store cannot be read"),
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere must not take all other jobs along.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,129 @@
+//! The client-server API of a homeserver: where it is (client-server API, §Well-known URI), and requests to it
+//! under the same egress rules as everything else that a stranger's server name leads to.
+
+use axum::body::Body;
+use bytes::Bytes;
+use hyper::{
+    Method, Request, StatusCode, Uri,
+    header::{ACCEPT, CONTENT_TYPE, HOST, RETRY_AFTER, USER_AGENT},
+};
+use serde::Deserialize;
+use url::Url;
+
+use super::{AGENT, LookupError, ServerName, Verifier, addresses::Egress, body, classify};
+
+/// The largest document and the largest answer we read.
+const MAX_DOCUMENT: usize = 64 * 1024;
+
+/// What a homeserver's client-server API answered.
+#[derive(Clone, Debug)]
+pub(crate) struct ClientAnswer {
+    pub(crate) status: StatusCode,
+    /// The `Retry-After` header.
+    pub(crate) retry_after: Option<String>,
+    pub(crate) body: Bytes,
+}
+
+impl Verifier {
+    /// The base URL that the operator has written for `name`.
+    pub(crate) fn written_client_api(&self, name: &ServerName) -> Option<&Url> {
+        self.overrides.get(&name.as_str().to_ascii_lowercase())
+    }
+
+    /// The base URL of `name`'s client-server API as its `.well-known` says.
+    pub(crate) async fn discover_client_api(&self, name: &ServerName) -> Result<Url, LookupError> {
+        let lane = self.rules.lane(name);
+        let clients = self.lanes.get(&lane).ok_or(LookupError::Ours)?;
+        let found = tokio::time::timeout(self.budget, clients.document(name, "client", MAX_DOCUMENT));
+        let document = found.await.map_err(|_| LookupError::TimedOut)??;
+        let (document, _) = document.ok_or(LookupError::NoClientApi)?;
+        let url = base_url(&document).ok_or(LookupError::NoClientApi)?;
+        // In plain text everyone on the way could read the delay ids; a stranger's server gets none that way.
+        if url.scheme() == "https" || lane.egress != Egress::Public {
+            Ok(url)
+        } else {
+            Err(LookupError::NoClientApi)
+        }
+    }
+
+    /// One request to `url`, which is on `name`'s client-server API. Redirects are not followed.
+    pub(crate) async fn ask_client_api(
+        &self,
+        name: &ServerName,
+        method: Method,
+        url: &Url,
+    ) -> Result<ClientAnswer, LookupError> {
+        let clients = self.lanes.get(&self.rules.lane(name)).ok_or(LookupError::Ours)?;
+        let uri: Uri = url.as_str().parse().map_err(|_| LookupError::Ours)?;
+        let host = uri.authority().ok_or(LookupError::Ours)?.as_str().to_owned();
+        let content = if method == Method::POST { Body::from("{}") } else { Body::empty() };
+        let mut request = Request::builder()
+            .method(method.clone())
+            .uri(uri)
+            .header(HOST, host)
+            .header(USER_AGENT, AGENT)
+            .header(ACCEPT, "application/json");
+        if method == Method::POST {
+            request = request.header(CONTENT_TYPE, "application/json");
+        }
+        let request = request.body(content).map_err(|_| LookupError::Ours)?;
+        let answer = clients.web.request(request).await.map_err(classify)?;
+        let status = answer.status();
+        let retry_after = answer.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        Ok(ClientAnswer { status, retry_after, body: body(answer, MAX_DOCUMENT).await? })
+    }
+}
+
+/// The base URL in a `.well-known/matrix/client` document, if it is one that paths can be appended to.
+fn base_url(document: &[u8]) -> Option<Url> {
+    #[derive(Deserialize)]
+    struct WellKnown {
+        #[serde(rename = "m.homeserver")]
+        homeserver: Homeserver,
+    }
+    #[derive(Deserialize)]
+    struct Homeserver {
+        base_url: String,
+    }
+    let WellKnown { homeserver } = serde_json::from_slice(document).ok()?;
+    let url = Url::parse(&homeserver.base_url).ok()?;
+    let plain = url.username().is_empty()
+        && url.password().is_none()
+        && url.query().is_none()
+        && url.fragment().is_none();
+    (matches!(url.scheme(), "http" | "https") && url.host_str().is_some() && plain).then_some(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_document_names_a_base_url_or_nothing_usable() {
+        let base = |text: &str| base_url(text.as_bytes()).map(|url| url.to_string());
+        assert_eq!(
+            base(r#"{"m.homeserver":{"base_url":"https://m.hs.org/x"},"m.other":1}"#).as_deref(),
+            Some("https://m.hs.org/x")
+        );
+        for unusable in ["", "null", "{}", "<html>", r#"{"m.homeserver":{}}"#, r#"{"m.homeserver":"x"}"#] {
+            assert_eq!(base(unusable), None, "{unusable}");
+        }
+        for url in
+            ["", "hs.org", "ftp://hs.org", "https://u:p@hs.org", "https://hs.org/?a", "https://hs.org/#a"]
+        {
+            let document = serde_json::json!({ "m.homeserver": { "base_url": url } }).to_string();
+            assert_eq!(base(&document), None, "{url}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_document_makes_it_panic(document in prop::collection::vec(any::<u8>(), 0..200), url in ".{0,60}") {
+            let _ = base_url(&document);
+            let document = serde_json::json!({ "m.homeserver": { "base_url": url } }).to_string();
+            let _ = base_url(document.as_bytes());
+        }
+    }
+}

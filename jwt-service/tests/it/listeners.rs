@@ -1,0 +1,115 @@
+//! Unix sockets, TLS, and a bound on connections.
+
+use std::{fs, sync::Arc, time::Duration};
+
+use antiphon_jwt_service::{Bind, Certificate, Config, Rate, Service, Sources, listen, serve, serve_with};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpStream, UnixStream},
+    sync::oneshot,
+};
+
+use crate::support::{FakeSfu, settings};
+
+const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+
+fn service() -> Service {
+    Service::new(settings(), Arc::new(FakeSfu::default())).unwrap()
+}
+
+#[tokio::test]
+async fn a_unix_socket_serves_and_goes_with_the_service() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("jwt.sock");
+    // Left behind by one that was killed.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let bind: Bind = format!("unix:{}", path.display()).parse().unwrap();
+    let listener = listen(&bind).await.unwrap();
+    assert_eq!(listener.to_string(), bind.to_string());
+    assert!(listen(&bind).await.is_err(), "one that is alive is not replaced");
+    let mut limited = settings();
+    limited.limits.per_address = Some(Rate { per_second: 1, burst: 1 });
+    let service = Service::new(limited, Arc::new(FakeSfu::default())).unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = tokio::spawn(serve(listener, service.router(), async { stopped.await.unwrap() }));
+    let ask = async |forwarded_for: &str| {
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        let request = format!(
+            "POST /get_token HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: {forwarded_for}\r\nContent-Length: 2\r\n\
+             Connection: close\r\n\r\n{{}}"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer[9..12].to_owned()
+    };
+    // The other end is a proxy, and is believed.
+    assert_eq!(ask("203.0.113.1").await, "400");
+    assert_eq!(ask("203.0.113.1").await, "429");
+    assert_eq!(ask("203.0.113.2").await, "400");
+    stop.send(()).unwrap();
+    server.await.unwrap();
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn tls_is_served_and_a_renewed_certificate_is_read_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let (chain, key) = (directory.path().join("chain.pem"), directory.path().join("key.pem"));
+    let renew = || {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        fs::write(&chain, made.cert.pem()).unwrap();
+        fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        reqwest::Certificate::from_pem(made.cert.pem().as_bytes()).unwrap()
+    };
+    let client = |root: reqwest::Certificate| {
+        reqwest::Client::builder().no_proxy().tls_certs_only([root]).build().unwrap()
+    };
+    let first = client(renew());
+    let toml = format!(
+        "livekit_url = 'ws://x'\nkey = 'k'\nsecret = 's'\nfull_access_homeservers = '*'\n\
+         tls_cert_file = '{}'\ntls_key_file = '{}'",
+        chain.display(),
+        key.display()
+    );
+    let sources = Sources::default().with_toml("x".as_ref(), &toml.into()).unwrap();
+    let certificate = Certificate::load(Config::load(&sources).unwrap().tls.unwrap()).unwrap();
+    let listener = listen(&Bind::loopback(0)).await.unwrap().with_certificate(certificate.clone());
+    let url = format!("https://localhost:{}/healthz", listener.local_addr().unwrap().port());
+    let server = tokio::spawn(serve(listener, service().router(), std::future::pending()));
+    assert_eq!(first.get(&url).send().await.unwrap().status(), 200);
+
+    let second = client(renew());
+    assert!(second.get(&url).send().await.is_err());
+    certificate.reload().unwrap();
+    assert_eq!(second.get(&url).send().await.unwrap().status(), 200);
+
+    fs::write(&key, "no key").unwrap();
+    let text = certificate.reload().unwrap_err().to_string();
+    assert!(text.contains("key.pem"), "{text}");
+    assert_eq!(second.get(&url).send().await.unwrap().status(), 200, "the old one stays");
+    server.abort();
+}
+
+#[tokio::test]
+async fn connections_beyond_the_bound_wait_their_turn() {
+    let listener = listen(&Bind::loopback(0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server =
+        tokio::spawn(serve_with(listener, service().router(), 1, Duration::ZERO, std::future::pending()));
+    let mut first = TcpStream::connect(address).await.unwrap();
+    first.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut status = [0; 12];
+    first.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200");
+
+    let mut second = TcpStream::connect(address).await.unwrap();
+    second.write_all(REQUEST).await.unwrap();
+    let mut answer = Vec::new();
+    let waiting = tokio::time::timeout(Duration::from_millis(200), second.read_to_end(&mut answer)).await;
+    assert!(waiting.is_err(), "the first still has the only place");
+    drop(first);
+    second.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"));
+    server.abort();
+}
