@@ -402,11 +402,10 @@ impl Shell {
                     }
                     let Some(member) = self.member(&identity).cloned() else { continue };
                     // What came before the key was dropped, so the decoder needs a key frame to start from.
-                    if let Some(Connection::Up { transport }) =
-                        member.focus.as_ref().and_then(|f| self.connections.get(f))
+                    if let Some(focus) = &member.focus
+                        && let Some(Connection::Up { transport }) = self.connections.get(focus)
                     {
-                        let focus = member.focus.clone().unwrap_or_else(|| self.parts.focus.clone());
-                        for track in self.remote.tracks_of(&focus, &identity) {
+                        for track in self.remote.tracks_of(focus, &identity) {
                             if track.codec.is_some_and(|c| !c.is_audio()) {
                                 transport.request_key_frame(&track.sid).await;
                             }
