@@ -56,6 +56,15 @@ pub struct JwtConfig {
     pub full_access: FullAccess,
     /// Client-server API base URLs by server name, in place of discovery.
     pub cs_api_url_overrides: BTreeMap<String, Url>,
+    /// Where delegated leaves are kept, a directory of this process alone; `None`: in memory, so that a restart
+    /// forgets them.
+    pub state_dir: Option<PathBuf>,
+}
+
+impl JwtConfig {
+    fn new(full_access: FullAccess) -> Self {
+        Self { full_access, cs_api_url_overrides: BTreeMap::new(), state_dir: None }
+    }
 }
 
 /// Whose users may create rooms.
@@ -85,7 +94,7 @@ impl Config {
             empty_timeout: Duration::from_secs(300),
             departure_timeout: Duration::from_secs(20),
             max_participants: 0,
-            jwt: Some(JwtConfig { full_access: FullAccess::Loopback, cs_api_url_overrides: BTreeMap::new() }),
+            jwt: Some(JwtConfig::new(FullAccess::Loopback)),
             dev: true,
         }
     }
@@ -140,6 +149,9 @@ impl Config {
             config.keys = Keys::new().with(key, secret.clone());
         }
         config.public_url.clone_from(&overrides.public_url);
+        if let Some(jwt) = &mut config.jwt {
+            jwt.state_dir.clone_from(&overrides.state_dir);
+        }
         config.check()?;
         Ok(config)
     }
@@ -213,6 +225,8 @@ pub struct Overrides {
     pub secret: Option<Secret>,
     /// Replaces `jwt.full_access_homeservers`.
     pub full_access: Option<Vec<String>>,
+    /// Replaces `jwt.state_dir`.
+    pub state_dir: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -274,6 +288,7 @@ struct JwtSection {
     full_access_homeservers: Vec<String>,
     #[serde(default)]
     cs_api_url_overrides: BTreeMap<String, Url>,
+    state_dir: Option<PathBuf>,
 }
 
 impl Default for JwtSection {
@@ -283,6 +298,7 @@ impl Default for JwtSection {
             public_url: None,
             full_access_homeservers: Vec::new(),
             cs_api_url_overrides: BTreeMap::new(),
+            state_dir: None,
         }
     }
 }
@@ -338,6 +354,7 @@ impl File {
             jwt: self.jwt.enabled.then_some(JwtConfig {
                 full_access: if everybody { FullAccess::All } else { FullAccess::Only(homeservers) },
                 cs_api_url_overrides: self.jwt.cs_api_url_overrides,
+                state_dir: overrides.state_dir.clone().or(self.jwt.state_dir),
             }),
             dev: false,
         };

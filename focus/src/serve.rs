@@ -10,9 +10,11 @@ use antiphon_jwt_service as jwt;
 use async_trait::async_trait;
 use axum::Router;
 use axum::body::Body;
+use axum::extract::ConnectInfo;
 use axum::http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use livekit_protocol::DisconnectReason;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::net::{TcpListener, TcpStream};
@@ -25,7 +27,7 @@ use tower::ServiceExt as _;
 use crate::config::{Config, ConfigError, FullAccess};
 use crate::observe::{Counters, Heartbeat, Stats};
 use crate::plane::{Command, Event, MediaPlane, PlaneConfig, PlaneError};
-use crate::room::{AdminError, RoomOptions, Rooms, Settings};
+use crate::room::{AdminError, Presence, RoomOptions, Rooms, Settings};
 use crate::signal::{Manager, RoomHandle, Surface};
 use crate::{admin, signal};
 
@@ -41,10 +43,14 @@ const HEAD_WITHIN: Duration = Duration::from_secs(10);
 const MAX_CONNECTIONS: usize = 20_000;
 /// Pause after a failed accept: out of file descriptors, mostly.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Time for goodbyes to be read when the server stops.
+/// Time for goodbyes to be read when the server stops, and then for leaves that are being sent.
 const GOODBYE_WITHIN: Duration = Duration::from_secs(5);
 /// Commands that wait between the room manager and the media plane.
 const COMMANDS: usize = 256;
+/// Comings and goings that wait for the authorisation service.
+const PRESENCE: usize = 4096;
+/// How often the authorisation service looks itself who is there, for whose coming or going it missed.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// An SFU for MatrixRTC calls, with its authorisation service.
 #[derive(Debug)]
@@ -117,16 +123,22 @@ impl Focus {
             ..Settings::default()
         };
         let rooms = Rooms::new(settings, Arc::clone(&keys), Arc::clone(&counters), StdRng::from_os_rng());
+        let (watcher, presence) = mpsc::channel(PRESENCE);
+        let watcher = config.jwt.is_some().then_some(watcher);
         let (rooms, manager) =
-            Manager::spawn(rooms, Arc::clone(&counters), Arc::clone(&heartbeat), commands, events);
+            Manager::spawn(rooms, Arc::clone(&counters), Arc::clone(&heartbeat), commands, events, watcher);
 
-        let jwt = jwt_router(&config, &ws_url, rooms.clone())?;
+        let jwt = authorisation(&config, &ws_url, rooms.clone()).await?;
+        if let Some(jwt) = &jwt {
+            jwt.restore().await;
+            tokio::spawn(watch(jwt.clone(), presence));
+        }
         let admin = admin::router(rooms.clone(), Arc::clone(&keys), Arc::clone(&counters));
         let surface = Surface { rooms: rooms.clone(), keys, heartbeat, counters };
         let mut router = signal::router(surface, admin);
-        if let Some(jwt) = jwt {
+        if let Some(jwt) = &jwt {
             // Beside the SFU's routes, not within: the service has a CORS policy of its own.
-            router = Router::new().nest(JWT_PATH, jwt).fallback_service(router);
+            router = Router::new().nest(JWT_PATH, jwt.router()).fallback_service(router);
         }
 
         let stop = CancellationToken::new();
@@ -138,6 +150,7 @@ impl Focus {
             ws_url,
             jwt_url,
             rooms,
+            jwt,
             manager,
             server,
             stop,
@@ -154,6 +167,7 @@ pub struct FocusHandle {
     ws_url: String,
     jwt_url: Option<String>,
     rooms: RoomHandle,
+    jwt: Option<jwt::Service>,
     manager: JoinHandle<()>,
     server: JoinHandle<()>,
     stop: CancellationToken,
@@ -194,6 +208,9 @@ impl FocusHandle {
         if said.is_ok() && tokio::time::timeout(GOODBYE_WITHIN, self.connections.wait()).await.is_err() {
             tracing::warn!("some connections did not end in time");
         }
+        if let Some(jwt) = &self.jwt {
+            jwt.shutdown(GOODBYE_WITHIN).await;
+        }
         // Ends in `drop`.
     }
 }
@@ -228,9 +245,16 @@ pub enum StartError {
     /// The authorisation service does not start.
     #[error("the authorisation service does not start: {0}")]
     Jwt(#[from] jwt::ServiceError),
+    /// The directory for delegated leaves cannot be used.
+    #[error("jwt.state_dir cannot be used; does this process own it, and no other process use it?")]
+    Store(#[from] jwt::store::StoreError),
 }
 
-fn jwt_router(config: &Config, ws_url: &str, rooms: RoomHandle) -> Result<Option<Router>, StartError> {
+async fn authorisation(
+    config: &Config,
+    ws_url: &str,
+    rooms: RoomHandle,
+) -> Result<Option<jwt::Service>, StartError> {
     let (Some(settings), Some((key, secret))) = (&config.jwt, config.keys.first()) else { return Ok(None) };
     let mut service = jwt::Settings::new(ws_url, key, secret.expose());
     service.full_access = match &settings.full_access {
@@ -241,7 +265,34 @@ fn jwt_router(config: &Config, ws_url: &str, rooms: RoomHandle) -> Result<Option
     service.insecure_skip_verify_tls =
         if config.dev { jwt::TlsPolicy::SkipLoopback } else { jwt::TlsPolicy::Verify };
     service.cs_api_url_overrides.clone_from(&settings.cs_api_url_overrides);
-    Ok(Some(jwt::Service::new(service, Arc::new(OwnRooms(rooms)))?.router()))
+    let store = match &settings.state_dir {
+        Some(directory) => jwt::store::StoreConfig::File(directory.clone()),
+        None => jwt::store::StoreConfig::Memory,
+    };
+    let store = jwt::store::open(&store).await?;
+    // Neither store is shared with another process, so any name will do.
+    let mut delegation = jwt::DelegationConfig::new("focus");
+    delegation.sanity_interval = Some(LOOK_EVERY);
+    Ok(Some(jwt::Service::with_store(service, Arc::new(OwnRooms(rooms)), store, delegation)?))
+}
+
+/// Tells the authorisation service who comes and goes, as LiveKit does with webhooks.
+async fn watch(jwt: jwt::Service, mut presence: mpsc::Receiver<Presence>) {
+    while let Some(Presence { room, identity, sid, gone }) = presence.recv().await {
+        let (room, identity, sid) = (room.as_str(), identity.as_str(), sid.as_str());
+        match gone {
+            None => jwt.participant_joined(room, identity, sid),
+            Some(reason) => jwt.participant_left(room, identity, sid, why(reason)),
+        }
+    }
+}
+
+fn why(reason: DisconnectReason) -> jwt::Leave {
+    match reason {
+        DisconnectReason::ClientInitiated => jwt::Leave::OnPurpose,
+        DisconnectReason::DuplicateIdentity | DisconnectReason::Migration => jwt::Leave::TakenOver,
+        _ => jwt::Leave::Otherwise,
+    }
 }
 
 /// The SFU as the authorisation service in the same process sees it.
@@ -293,8 +344,8 @@ async fn accept(listener: TcpListener, router: Router, stop: CancellationToken, 
             } => accepted,
         };
         match accepted {
-            (Ok(place), Ok((stream, _))) => {
-                let connection = serve_connection(stream, router.clone(), stop.clone());
+            (Ok(place), Ok((stream, peer))) => {
+                let connection = serve_connection(stream, peer, router.clone(), stop.clone());
                 connections.spawn(async move {
                     connection.await;
                     drop(place);
@@ -310,11 +361,13 @@ async fn accept(listener: TcpListener, router: Router, stop: CancellationToken, 
     }
 }
 
-async fn serve_connection(stream: TcpStream, router: Router, stop: CancellationToken) {
+async fn serve_connection(stream: TcpStream, peer: SocketAddr, router: Router, stop: CancellationToken) {
     // Signalling is small messages that somebody waits for.
     let _ = stream.set_nodelay(true);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
+        // The authorisation service counts requests by address.
+        request.extensions_mut().insert(ConnectInfo(peer));
         if let Some(uri) = normalise(request.uri()) {
             *request.uri_mut() = uri;
         }

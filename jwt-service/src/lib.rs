@@ -51,7 +51,7 @@ pub use self::{
         Bind, Config, ConfigError, FullAccess, Limits, LogFormat, LogLevel, Network, Rate, SETTINGS, Setting,
         Settings, Sources, TlsFiles, TlsPolicy, TrustedProxies, Warning,
     },
-    delegation::DelegationConfig,
+    delegation::{DelegationConfig, Leave},
     identity::{LEGACY_SLOT, ParticipantIdentity, RoomAlias},
     openid::{Host, InvalidServerName, Resolve, ResolveError, ServerName, SrvRecord, SystemResolver},
     secret::Secret,
@@ -60,7 +60,7 @@ pub use self::{
     token::{TokenError, TokenSigner},
 };
 use self::{
-    delegation::Delegation,
+    delegation::{Delegation, Input, JobKey},
     http::{Replays, error::Refusal, limits::Limiter, readyz::Readiness},
     metrics::{CountedSfu, CountedStore, Metrics},
     openid::Verifier,
@@ -195,6 +195,29 @@ impl Service {
         self.0.readiness.stopping();
         if let Some(delegation) = &self.0.delegation {
             delegation.shutdown(grace).await;
+        }
+    }
+
+    /// Tells that a participant's connection to the SFU is up: what an SFU in this process says in place of a
+    /// webhook. `sid` is the connection's id, which [`Sfu::participant`] gives too.
+    pub fn participant_joined(&self, room: &str, identity: &str, sid: &str) {
+        self.participant(room, identity, Input::Joined { sid: Some(sid.to_owned()) });
+    }
+
+    /// Tells that a participant's connection to the SFU, of which [`Self::participant_joined`] told or which
+    /// never came up, has ended.
+    pub fn participant_left(&self, room: &str, identity: &str, sid: &str, why: Leave) {
+        self.participant(room, identity, Input::Left { sid: Some(sid.to_owned()), why });
+    }
+
+    fn participant(&self, room: &str, identity: &str, input: Input) {
+        if let Some(delegation) = &self.0.delegation {
+            let key = JobKey {
+                room: RoomAlias::from_sfu(room.to_owned()),
+                identity: ParticipantIdentity::from_sfu(identity.to_owned()),
+            };
+            // Refused only after `shutdown`: the next process will look at the SFU itself.
+            delegation.event(&key, input);
         }
     }
 

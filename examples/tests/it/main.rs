@@ -8,3 +8,4 @@ mod garbage_does_not_disturb_a_call;
 mod support;
 mod the_demo_holds_on_every_back_end;
 mod the_examples_play_and_echo;
+mod the_focus_sends_delegated_leaves;

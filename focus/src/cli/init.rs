@@ -83,6 +83,8 @@ enabled = true
 # public_url = "https://rtc.example.org/livekit/jwt"
 # The homeservers whose users may start calls here: yours. Users of others can join calls that are running.
 full_access_homeservers = ["example.org"]
+# Clients delegate their delayed leave to the service. Here it is kept, so that a restart forgets none of them.
+# state_dir = "/var/lib/focus"
 "#
     )
 }

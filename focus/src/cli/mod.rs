@@ -91,6 +91,9 @@ struct Settings {
     /// Homeservers whose users may create rooms, separated by commas; `*` for all.
     #[arg(long, value_name = "NAMES", env = "FOCUS_FULL_ACCESS_HOMESERVERS", value_delimiter = ',')]
     full_access_homeservers: Option<Vec<String>>,
+    /// Where delegated leaves are kept, so that a restart forgets none [default: in memory].
+    #[arg(long, value_name = "DIRECTORY", env = "FOCUS_STATE_DIR")]
+    state_dir: Option<PathBuf>,
 }
 
 impl Settings {
@@ -103,6 +106,7 @@ impl Settings {
             key: self.key.clone(),
             secret: self.secret.clone(),
             full_access: self.full_access_homeservers.clone(),
+            state_dir: self.state_dir.clone(),
         };
         if self.dev { Config::dev_with(&overrides) } else { Config::load(self.config.as_deref(), &overrides) }
     }

@@ -52,6 +52,11 @@ pub(super) fn describe(config: &Config) -> String {
                 FullAccess::Only(names) => format!("users of {} may start calls", names.join(", ")),
             };
             let _ = writeln!(text, "           {who}");
+            let leaves = match &jwt.state_dir {
+                Some(directory) => format!("kept in {}", directory.display()),
+                None => "kept in memory: a restart forgets them; set jwt.state_dir".to_owned(),
+            };
+            let _ = writeln!(text, "           delegated leaves are {leaves}");
         }
     }
     text

@@ -15,7 +15,7 @@ mod track;
 
 use std::time::{Duration, Instant};
 
-use livekit_protocol::{ClientInfo, Codec, signal_response};
+use livekit_protocol::{ClientInfo, Codec, DisconnectReason, signal_response};
 
 pub use data::{DataError, MAX_MESSAGE, Patched, Sender, patch};
 pub use ids::{Identity, ParticipantSid, RoomName, SessionId, TrackSid};
@@ -152,4 +152,19 @@ pub enum Output {
     },
     /// Passes a command to the media plane.
     Plane(Command),
+    /// Tells whoever watches who is there: what LiveKit tells with webhooks.
+    Presence(Presence),
+}
+
+/// A participant came, or went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presence {
+    /// The room.
+    pub room: RoomName,
+    /// Who.
+    pub identity: Identity,
+    /// This stay: another connection of the same identity has another one.
+    pub sid: ParticipantSid,
+    /// `None`: its media connection is up. Otherwise why it is gone, be it before it was up.
+    pub gone: Option<DisconnectReason>,
 }

@@ -23,7 +23,7 @@ use super::ids::{Identity, RoomName, SessionId, fresh};
 use super::participant::Participant;
 use super::speakers::Speakers;
 use super::track::Track;
-use super::{Join, MIN_PROTOCOL, Now, Output, PROTOCOL, SERVER_VERSION, Settings};
+use super::{Join, MIN_PROTOCOL, Now, Output, PROTOCOL, Presence, SERVER_VERSION, Settings};
 use crate::observe::Counters;
 use crate::plane::{Command, PeerId, PeerRole, TrackKey};
 use crate::token::Keys;
@@ -291,6 +291,7 @@ impl Room {
             room = %self.name, identity = %participant.identity, sid = %participant.sid,
             reason = reason.as_str_name(), "participant left"
         );
+        desk.out.push_back(self.presence(&participant, Some(reason)));
     }
 
     /// Sends everybody away.
@@ -306,6 +307,10 @@ impl Room {
                 desk.peers.remove(&peer);
                 desk.plane(Command::RemovePeer { peer });
             }
+            // A server that stops takes nobody out of the call: whoever comes back to it was never gone.
+            if reason != DisconnectReason::ServerShutdown {
+                desk.out.push_back(self.presence(participant, Some(reason)));
+            }
         }
         for key in self.tracks.keys() {
             desk.tracks.remove(key);
@@ -315,6 +320,12 @@ impl Room {
         self.tracks.clear();
         self.by_track_sid.clear();
         self.empty_since = now.instant;
+    }
+
+    fn presence(&self, participant: &Participant, gone: Option<DisconnectReason>) -> Output {
+        let Participant { identity, sid, .. } = participant;
+        let (room, identity, sid) = (self.name.clone(), identity.clone(), sid.clone());
+        Output::Presence(Presence { room, identity, sid, gone })
     }
 
     fn refresh_token(&mut self, desk: &mut Desk, now: Now, session: SessionId) {

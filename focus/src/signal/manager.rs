@@ -11,7 +11,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::observe::{Counters, Heartbeat};
 use crate::plane::{Command, Event};
-use crate::room::{Join, JoinError, Now, Output, Rooms, SessionId};
+use crate::room::{Join, JoinError, Now, Output, Presence, Rooms, SessionId};
 
 /// How often the rooms are told that time has passed.
 const TICK: Duration = Duration::from_millis(200);
@@ -129,18 +129,21 @@ pub(crate) struct Manager {
     handle: RoomHandle,
     commands: mpsc::Sender<Command>,
     events: mpsc::Receiver<Event>,
+    presence: Option<mpsc::Sender<Presence>>,
     sockets: HashMap<SessionId, mpsc::Sender<Out>>,
     waiting: VecDeque<Command>,
 }
 
 impl Manager {
-    /// Starts the task. It ends when `commands` is closed by the plane and every handle is dropped.
+    /// Starts the task, which tells `presence` who comes and goes. It ends when `commands` is closed by the plane
+    /// and every handle is dropped.
     pub(crate) fn spawn(
         rooms: Rooms,
         counters: Arc<Counters>,
         heartbeat: Arc<Heartbeat>,
         commands: mpsc::Sender<Command>,
         events: mpsc::Receiver<Event>,
+        presence: Option<mpsc::Sender<Presence>>,
     ) -> (RoomHandle, tokio::task::JoinHandle<()>) {
         let (sender, requests) = mpsc::channel(REQUESTS);
         let handle = RoomHandle { requests: sender };
@@ -152,6 +155,7 @@ impl Manager {
             handle: handle.clone(),
             commands,
             events,
+            presence,
             sockets: HashMap::new(),
             waiting: VecDeque::new(),
         };
@@ -258,6 +262,12 @@ impl Manager {
                         continue;
                     }
                     self.waiting.push_back(command);
+                }
+                Output::Presence(presence) => {
+                    // One that is lost is found by the watcher's own looks at the rooms.
+                    if self.presence.as_ref().is_some_and(|watcher| watcher.try_send(presence).is_err()) {
+                        tracing::warn!("whoever watches who is there does not keep up");
+                    }
                 }
             }
         }

@@ -571,3 +571,38 @@ fn who_may_not_subscribe_has_one_connection_and_no_tracks() {
     assert!(!join.subscriber_primary);
     assert_eq!(machine.plane.commands.len(), 1, "{:?}", machine.plane.commands);
 }
+
+#[test]
+fn comings_and_goings_are_told_once_the_media_connection_is_up() {
+    let mut machine = Machine::new(|_| {});
+    let told = |machine: &mut Machine| -> Vec<_> {
+        let told = std::mem::take(&mut machine.presence);
+        told.into_iter().map(|told| (told.identity.to_string(), told.sid, told.gone)).collect()
+    };
+    let alice = machine.join("alice");
+    assert_eq!(told(&mut machine), [], "a client that only signals may never come");
+    machine.answer(alice);
+    let came = told(&mut machine);
+    let [(identity, first, None)] = &came[..] else { panic!("{came:?}") };
+    assert_eq!(identity, "alice");
+
+    let again = machine.join_active("alice");
+    let replaced = told(&mut machine);
+    let [(_, ended, Some(DisconnectReason::DuplicateIdentity)), (_, second, None)] = &replaced[..] else {
+        panic!("{replaced:?}")
+    };
+    assert!(ended == first && second != first, "the sids tell the two connections apart");
+
+    machine.rooms.signal_closed(machine.now, again);
+    let bob = machine.join("bob");
+    machine.rooms.signal_closed(machine.now, bob);
+    machine.settle();
+    let gone: Vec<_> = told(&mut machine).into_iter().map(|(identity, _, gone)| (identity, gone)).collect();
+    let closed = Some(DisconnectReason::SignalClose);
+    assert_eq!(gone, [("alice".to_owned(), closed), ("bob".to_owned(), closed)], "even one that never came");
+
+    machine.join_active("carol");
+    machine.rooms.shut_down(machine.now);
+    machine.settle();
+    assert_eq!(told(&mut machine).len(), 1, "a server that stops takes nobody out of the call");
+}

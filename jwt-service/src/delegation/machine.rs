@@ -71,9 +71,9 @@ pub(crate) enum Input {
     Called { call: CallId, outcome: Outcome },
 }
 
-/// Why a connection ended.
+/// Why a participant's connection to the SFU ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Leave {
+pub enum Leave {
     /// The participant wanted to go.
     OnPurpose,
     /// Another connection of the same participant took over, or is about to.

@@ -13,9 +13,9 @@ use std::{
 
 use zeroize::Zeroizing;
 
-pub use self::registry::Stats;
+pub use self::{machine::Leave, registry::Stats};
 pub(crate) use self::{
-    machine::{Input, Leave},
+    machine::Input,
     registry::AddError,
     shell::Delegation,
 };

@@ -141,6 +141,9 @@ impl Room {
             participant.touch();
             tracing::info!(room = %self.name, identity = %participant.identity, "participant active");
             self.announce(desk, session, true);
+            if let Some(participant) = self.participants.get(&session) {
+                desk.out.push_back(self.presence(participant, None));
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use antiphon_focus::observe::Counters;
 use antiphon_focus::plane::{Command, Event};
-use antiphon_focus::room::{Join, JoinError, Now, Output, Rooms, SessionId, Settings};
+use antiphon_focus::room::{Join, JoinError, Now, Output, Presence, Rooms, SessionId, Settings};
 use antiphon_focus::token::Claims;
 use livekit_protocol::{ClientInfo, signal_request::Message as Up, signal_response::Message as Down};
 use rand::SeedableRng as _;
@@ -23,6 +23,8 @@ pub(crate) struct Machine {
     pub(crate) sent: BTreeMap<SessionId, Vec<Down>>,
     pub(crate) closed: Vec<SessionId>,
     pub(crate) data: Vec<Command>,
+    /// Who came and went, in order.
+    pub(crate) presence: Vec<Presence>,
     pub(crate) counters: Arc<Counters>,
     events: VecDeque<Event>,
 }
@@ -42,6 +44,7 @@ impl Machine {
             sent: BTreeMap::new(),
             closed: Vec::new(),
             data: Vec::new(),
+            presence: Vec::new(),
             counters,
             events: VecDeque::new(),
         }
@@ -117,6 +120,7 @@ impl Machine {
                     Output::Close { session } => self.closed.push(session),
                     Output::Plane(command @ Command::SendData { .. }) => self.data.push(command),
                     Output::Plane(command) => self.events.extend(self.plane.handle(command)),
+                    Output::Presence(presence) => self.presence.push(presence),
                     other => panic!("an output that the tests do not know: {other:?}"),
                 }
             }

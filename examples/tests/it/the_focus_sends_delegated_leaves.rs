@@ -1,0 +1,111 @@
+//! A client delegates its delayed leave to the focus, and loses its connection: the homeserver says at once
+//! that it has left, an hour before it would have by itself.
+
+use std::time::Duration;
+
+use antiphon_call_sdk::{
+    media::TrackSpec,
+    transport::{
+        MediaTransport as _,
+        livekit::{ConnectOptions, LiveKitTransport},
+    },
+};
+use antiphon_focus::{Config, Focus, FocusHandle};
+use antiphon_testkit::homeserver::{DevHomeserver, Options, RegisteredUser};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::support::turn;
+
+const MEMBER: &str = "org.matrix.msc3401.call.member";
+const HOUR_MS: u32 = 3_600_000;
+
+/// A user in a room of hers, in the eyes of the room a member of its call.
+struct Caller<'a> {
+    homeserver: &'a DevHomeserver,
+    user: RegisteredUser,
+    room: String,
+    http: reqwest::Client,
+}
+
+impl<'a> Caller<'a> {
+    async fn new(homeserver: &'a DevHomeserver) -> Self {
+        let user = homeserver.register_user("alice", "correct horse").unwrap();
+        let mut caller = Self { homeserver, user, room: String::new(), http: reqwest::Client::new() };
+        let made = caller.ask(Method::POST, "v3/createRoom", json!({ "room_version": "11" })).await;
+        caller.room = made["room_id"].as_str().unwrap().to_owned();
+        caller.ask(Method::PUT, &caller.membership(), json!({ "application": "m.call" })).await;
+        caller
+    }
+
+    fn membership(&self) -> String {
+        format!("v3/rooms/{}/state/{MEMBER}/{}", self.room, self.user.user_id)
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Value) -> Value {
+        let request = self.http.request(method, format!("{}/_matrix/client/{path}", self.homeserver.url()));
+        let answer = request.bearer_auth(&self.user.access_token).json(&body).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK, "{path}");
+        answer.json().await.unwrap()
+    }
+
+    /// Schedules the leave in an hour, and gets a token for the SFU in exchange for it.
+    async fn delegate(&self, focus: &FocusHandle) -> String {
+        let path = format!("{}?org.matrix.msc4140.delay={HOUR_MS}", self.membership());
+        let delayed = self.ask(Method::PUT, &path, json!({})).await;
+        let path = format!("v3/user/{}/openid/request_token", self.user.user_id);
+        let openid_token = self.ask(Method::POST, &path, json!({})).await;
+        let request = json!({
+            "room_id": self.room,
+            "slot_id": "m.call#ROOM",
+            "openid_token": openid_token,
+            "member": {
+                "id": "membership",
+                "claimed_user_id": self.user.user_id,
+                "claimed_device_id": self.user.device_id,
+            },
+            "delay_id": delayed["delay_id"],
+            "delay_timeout": HOUR_MS,
+        });
+        let url = format!("{}/get_token", focus.jwt_url().unwrap());
+        let answer = self.http.post(url).json(&request).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        answer.json::<Value>().await.unwrap()["jwt"].as_str().unwrap().to_owned()
+    }
+
+    /// Waits until the room says that she has left.
+    async fn has_left(&self) {
+        let mut since = String::new();
+        loop {
+            let path = format!("v3/sync?timeout=30000{since}");
+            let answer = self.http.get(format!("{}/_matrix/client/{path}", self.homeserver.url()));
+            let sync: Value =
+                answer.bearer_auth(&self.user.access_token).send().await.unwrap().json().await.unwrap();
+            let room = &sync["rooms"]["join"][&self.room];
+            let events = [&room["state"]["events"], &room["timeline"]["events"]];
+            let mut memberships =
+                events.into_iter().filter_map(Value::as_array).flatten().filter(|e| e["type"] == MEMBER);
+            if memberships.next_back().is_some_and(|event| event["content"] == json!({})) {
+                return;
+            }
+            since = format!("&since={}", sync["next_batch"].as_str().unwrap());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_connection_ends() {
+    let _turn = turn().await;
+    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
+    let focus = Focus::start(Config::dev_ephemeral()).await.unwrap();
+    let alice = Caller::new(&homeserver).await;
+    let token = alice.delegate(&focus).await;
+    let (transport, _events) =
+        LiveKitTransport::connect(ConnectOptions::new(focus.ws_url(), token)).await.unwrap();
+    // Media can flow, so the focus knows her to be there.
+    transport.publish(TrackSpec::microphone(), true).await.unwrap();
+    drop(transport);
+    tokio::time::timeout(Duration::from_secs(10), alice.has_left()).await.expect("the leave is sent");
+    focus.shutdown().await;
+    homeserver.shutdown().await;
+}
