@@ -213,7 +213,7 @@ struct Look {
 enum Purpose {
     /// Has it come?
     Arrival,
-    /// One connection has gone: is there another?
+    /// A connection has gone: is there another?
     Takeover,
     /// Is it still there?
     Sanity,
@@ -347,6 +347,8 @@ impl Job {
                     Leave::OnPurpose => self.leave(now),
                     // A reconnect: the new connection may be there before its webhook is.
                     Leave::TakenOver => self.look_again(now, Purpose::Takeover),
+                    // Said again by an SFU that did not reach us: of which connection, only a look can tell.
+                    Leave::Otherwise if self.was_connected => self.look_again(now, Purpose::Takeover),
                     Leave::Otherwise => self.end(End::Aborted),
                 }
             }
@@ -384,7 +386,11 @@ impl Job {
             (State::Waiting { .. }, Presence::Absent) => match self.look.purpose {
                 Purpose::Takeover => {
                     if self.missed(now, SECOND_LOOK) {
-                        self.end(End::Aborted);
+                        if self.was_connected {
+                            self.leave(now);
+                        } else {
+                            self.end(End::Aborted);
+                        }
                     }
                 }
                 Purpose::Arrival | Purpose::Sanity if self.was_connected => {

@@ -16,7 +16,7 @@ use antiphon_jwt_service::{
     delegation::{DelayId, JobKey, JobParams, StoredJob},
     store::{self, RedisStore, Store as _, StoreConfig},
 };
-use antiphon_testkit::peers::{Peer, ports, process::Process, require};
+use antiphon_testkit::peers::{Peer, PeerError, ports, process::Process, require};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
@@ -64,15 +64,15 @@ fn store_at(url: &str) -> RedisStore {
 }
 
 /// Debian's server, on loopback, with everything on disk before it answers.
-struct Redis {
+pub(crate) struct Redis {
     folder: tempfile::TempDir,
     port: u16,
     more: Vec<String>,
-    process: Process,
+    pub(crate) process: Process,
 }
 
 impl Redis {
-    async fn start(more: &[&str]) -> Self {
+    pub(crate) async fn start(more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = ports::free().unwrap();
         let more: Vec<_> = more.iter().map(|text| (*text).to_owned()).collect();
@@ -90,12 +90,31 @@ impl Redis {
         process
     }
 
-    async fn start_again(&mut self) {
+    /// Has it write everything down and end.
+    pub(crate) async fn shut_down(&mut self) {
+        let client = redis::Client::open(self.url()).unwrap();
+        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        // Its answer is that it is gone.
+        let _ = redis::cmd("SHUTDOWN").query_async::<()>(&mut connection).await;
+        let ended = self.process.until("its end", DEADLINE, async || false).await;
+        assert!(matches!(ended, Err(PeerError::Ended { .. })), "{ended:?}");
+    }
+
+    /// Loses what it has written down.
+    pub(crate) fn empty(&self) {
+        std::fs::remove_dir_all(self.folder.path().join("appendonlydir")).unwrap();
+    }
+
+    pub(crate) async fn start_again(&mut self) {
         self.process = Self::run(self.folder.path(), self.port, &self.more).await;
     }
 
-    fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/0", self.port)
+    pub(crate) fn url(&self) -> String {
+        self.database(0)
+    }
+
+    pub(crate) fn database(&self, number: u8) -> String {
+        format!("redis://127.0.0.1:{}/{number}", self.port)
     }
 
     /// What `redis-cli`'s user would see.
@@ -107,7 +126,7 @@ impl Redis {
         command.query_async(&mut connection).await.unwrap()
     }
 
-    async fn entries(&self) -> BTreeMap<String, String> {
+    pub(crate) async fn entries(&self) -> BTreeMap<String, String> {
         redis::from_redis_value(self.raw(&["HGETALL", HASH]).await).unwrap()
     }
 }

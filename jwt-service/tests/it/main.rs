@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(clippy::disallowed_methods, reason = "tests own their clock and tasks")]
 
+mod child;
 mod support;
 
+mod a_killed_client_leaves_the_call;
 mod admission;
 mod browsers;
 mod delegated_leave;
@@ -17,6 +19,7 @@ mod listeners;
 mod openid_tokens;
 mod program;
 mod readiness;
+mod redis_comes_and_goes_under_load;
 mod refusals;
 mod request_ids;
 mod sfu_calls;

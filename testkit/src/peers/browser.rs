@@ -240,6 +240,15 @@ impl Browser {
         self.running.driver.call("browser.version", json!({}), START_LIMIT).await
     }
 
+    /// Ends all of Chromium's processes by SIGKILL, as a crash or a phone without battery: no page has a chance to
+    /// say good-bye. Returns when they are gone.
+    ///
+    /// # Errors
+    /// When the driver fails, or the system refuses.
+    pub async fn kill(&self) -> Result<(), PeerError> {
+        self.running.driver.call("browser.kill", json!({}), COMMAND_LIMIT).await
+    }
+
     /// Opens a page with `livekit-client` and joins a room; returns when connected and, if asked, published.
     ///
     /// # Errors

@@ -6,6 +6,10 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -24,12 +28,22 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 pub struct SynapseOptions {
     /// The authorisation service that the homeserver offers under `rtc/transports` (MSC4143). None: no transport.
     pub rtc_service_url: Option<String>,
+    /// Whether the homeserver sends clients to its TLS listener (`/.well-known/matrix/client`), as a deployment does
+    /// that has no plain one.
+    pub clients_over_tls: bool,
 }
 
 impl SynapseOptions {
     /// Offers this authorisation service to clients.
     pub fn with_rtc_service(url: impl Into<String>) -> Self {
-        Self { rtc_service_url: Some(url.into()) }
+        Self { rtc_service_url: Some(url.into()), ..Self::default() }
+    }
+
+    /// Sends clients to the TLS listener.
+    #[must_use]
+    pub fn clients_over_tls(mut self) -> Self {
+        self.clients_over_tls = true;
+        self
     }
 }
 
@@ -40,7 +54,7 @@ pub struct Synapse {
     client_port: u16,
     federation_port: u16,
     shared_secret: String,
-    certificate: String,
+    authority: String,
     http: reqwest::Client,
     // Last: the folder must outlive the process.
     _folder: TempDir,
@@ -69,12 +83,14 @@ impl Synapse {
         let (client_port, federation_port) =
             (ports::free().map_err(machine())?, ports::free().map_err(machine())?);
         let shared_secret = secret();
-        let (certificate, key) = self_signed().map_err(std::io::Error::other).map_err(machine())?;
+        let Certificates { authority, leaf, key } =
+            Certificates::new().map_err(std::io::Error::other).map_err(machine())?;
         let config = config(client_port, federation_port, &shared_secret, &options);
         for (name, content) in [
             // JSON is YAML.
             ("homeserver.yaml", format!("{config:#}")),
-            ("tls.crt", certificate.clone()),
+            ("ca.crt", authority.clone()),
+            ("tls.crt", leaf),
             ("tls.key", key),
             (
                 "signing.key",
@@ -91,7 +107,7 @@ impl Synapse {
             .map_err(std::io::Error::other)
             .map_err(machine())?;
         let mut synapse =
-            Self { process, client_port, federation_port, shared_secret, certificate, http, _folder: folder };
+            Self { process, client_port, federation_port, shared_secret, authority, http, _folder: folder };
         synapse.until_ready().await?;
         Ok(synapse)
     }
@@ -111,9 +127,9 @@ impl Synapse {
         format!("localhost:{}", self.federation_port)
     }
 
-    /// The self-signed certificate of the federation listener, PEM, for whoever must trust it.
-    pub fn certificate_pem(&self) -> &str {
-        &self.certificate
+    /// The certificate of the authority that has signed the federation listener's, PEM, for whoever must trust it.
+    pub fn authority_pem(&self) -> &str {
+        &self.authority
     }
 
     /// Registers a user by the shared secret; the answer is a logged-in device.
@@ -220,11 +236,29 @@ fn secret() -> String {
     STANDARD_NO_PAD.encode(rand::random::<[u8; 32]>())
 }
 
-fn self_signed() -> Result<(String, String), rcgen::Error> {
-    // A wildcard would make Synapse's own client refuse the whole certificate.
-    let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
-    let made = rcgen::generate_simple_self_signed(names)?;
-    Ok((made.cert.pem(), made.signing_key.serialize_pem()))
+/// An authority of the test's own, and what it has signed for the federation listener. All PEM.
+struct Certificates {
+    authority: String,
+    leaf: String,
+    key: String,
+}
+
+impl Certificates {
+    fn new() -> Result<Self, rcgen::Error> {
+        let mut authority = CertificateParams::default();
+        authority.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        authority.distinguished_name.push(DnType::CommonName, "authority of a test");
+        let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
+        // A wildcard would make Synapse's own client refuse the whole certificate.
+        let mut leaf = CertificateParams::new(["localhost", "127.0.0.1", "::1"].map(str::to_owned))?;
+        leaf.distinguished_name.push(DnType::CommonName, "localhost");
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        leaf.use_authority_key_identifier_extension = true;
+        let key = KeyPair::generate()?;
+        let leaf = leaf.signed_by(&key, &authority)?;
+        Ok(Self { authority: authority.pem(), leaf: leaf.pem(), key: key.serialize_pem() })
+    }
 }
 
 fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: &SynapseOptions) -> Value {
@@ -233,14 +267,19 @@ fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: 
             "resources": [{"names": ["client", "federation", "openid"], "compress": false}]})
     };
     let fast = json!({"per_second": 100_000, "burst_count": 100_000});
+    let public = if options.clients_over_tls {
+        format!("https://localhost:{federation_port}/")
+    } else {
+        format!("http://localhost:{client_port}/")
+    };
     let mut config = json!({
         "server_name": format!("localhost:{federation_port}"),
-        "public_baseurl": format!("http://localhost:{client_port}/"),
+        "public_baseurl": public,
         "pid_file": "homeserver.pid",
         "listeners": [listener(client_port, false), listener(federation_port, true)],
         "tls_certificate_path": "tls.crt",
         "tls_private_key_path": "tls.key",
-        "federation_custom_ca_list": ["tls.crt"],
+        "federation_custom_ca_list": ["ca.crt"],
         // The default refuses loopback.
         "ip_range_blacklist": [],
         "trusted_key_servers": [],

@@ -30,7 +30,7 @@ async fn its_federation_listener_is_reached_with_its_own_certificate_only() {
     require!(Peer::Synapse);
     let homeserver = Synapse::start(SynapseOptions::default()).await.unwrap();
     let url = format!("https://{}/_matrix/federation/v1/version", homeserver.server_name());
-    let certificate = reqwest::Certificate::from_pem(homeserver.certificate_pem().as_bytes()).unwrap();
+    let certificate = reqwest::Certificate::from_pem(homeserver.authority_pem().as_bytes()).unwrap();
     let trusting = reqwest::Client::builder().tls_certs_only([certificate]).build().unwrap();
     assert!(trusting.get(&url).send().await.unwrap().status().is_success());
     assert!(reqwest::get(&url).await.is_err(), "nobody else vouches for it");

@@ -336,6 +336,25 @@ fn a_leave_during_the_services_restart_is_noticed() {
 }
 
 #[test]
+fn a_leave_that_is_told_after_the_services_restart_is_sent_if_nobody_is_there() {
+    for why in [Leave::Otherwise, Leave::TakenOver] {
+        let mut world = World::new(Start { was_connected: true, ..start(3_600_000) });
+        world.until(100);
+        world.sfu = Presence::Absent;
+        world.left(Some("PA_1"), why);
+        world.until(1000);
+        assert_eq!(world.times(Seen::Send), [600]);
+        assert_eq!(world.calls(), [Seen::Send, Seen::Ended(End::Sent)]);
+    }
+    // It may be about the connection before the one that we have not been told of.
+    let mut world = World::new(Start { was_connected: true, ..start(3_600_000) });
+    world.sfu = Presence::Present { sid: Some("PA_2".into()) };
+    world.left(Some("PA_1"), Leave::Otherwise);
+    world.until(10_000);
+    assert_eq!(world.calls(), [Seen::Restart]);
+}
+
+#[test]
 fn tiny_delays_do_not_hammer_the_homeserver() {
     let mut world = connected(1);
     world.until(10_000);
