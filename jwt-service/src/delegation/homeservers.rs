@@ -94,7 +94,16 @@ impl Homeservers {
                 let outcome = outcome(&answer, SystemTime::now());
                 let (server, action, status) =
                     (params.server.as_str(), action.as_str(), answer.status.as_u16());
-                tracing::debug!(server, action, status, ?outcome, "delayed-event call");
+                if matches!(status, 401 | 403) {
+                    tracing::warn!(
+                        server,
+                        action,
+                        status,
+                        "the homeserver refuses; if it wants an access token, set LIVEKIT_JWT_DELAYED_EVENT_TOKENS"
+                    );
+                } else {
+                    tracing::debug!(server, action, status, ?outcome, "delayed-event call");
+                }
                 outcome
             }
             Err(error) => {
@@ -244,9 +253,13 @@ impl Server {
         let (server, verifier, name) = (self.clone(), verifier.clone(), name.clone());
         tokio::spawn(async move {
             let answer = verifier.ask_client_api(&name, Method::GET, &url);
-            if let Ok(Ok(answer)) = tokio::time::timeout(PROBE_TIME, answer).await {
-                let stable = answer.status == StatusCode::OK && has_stable_paths(&answer.body);
-                server.stable.store(stable, Ordering::Relaxed);
+            match tokio::time::timeout(PROBE_TIME, answer).await {
+                Ok(Ok(answer)) => {
+                    let stable = answer.status == StatusCode::OK && has_stable_paths(&answer.body);
+                    server.stable.store(stable, Ordering::Relaxed);
+                }
+                // The next call asks again.
+                Ok(Err(_)) | Err(_) => server.probed.store(false, Ordering::Relaxed),
             }
         });
     }
@@ -273,7 +286,7 @@ fn below(base: &Url, segments: &[&str]) -> Option<Url> {
     Some(url)
 }
 
-/// Whether a `/versions` answer announces the stable paths of MSC4140.
+/// Whether a `/versions` answer announces the stable paths (MSC4140 §Unstable prefix).
 fn has_stable_paths(body: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Versions {

@@ -30,6 +30,7 @@ use tower::ServiceExt as _;
 use crate::support::{DEADLINE, Homeserver, Seen, get_token, settings, sfu_get, userinfo};
 
 const USERS: &[(&str, &str)] = &[("good", "alice")];
+const STABLE: &str = "/_matrix/client/v1/delayed_events/";
 const UNSTABLE: &str = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/";
 
 /// A store in this test's memory, so that it outlives the service.
@@ -114,6 +115,8 @@ struct World {
     homeserver: Homeserver,
     called: Arc<Notify>,
     answer: Arc<Mutex<StatusCode>>,
+    /// Whether the homeserver has the stable paths, and whether it says so.
+    stable: Arc<Mutex<(bool, bool)>>,
     shelf: Arc<Shelf>,
     floor: Arc<Floor>,
     settings: Settings,
@@ -130,11 +133,19 @@ impl World {
 
     async fn with(change: impl FnOnce(&mut Settings), broken_store: bool) -> Self {
         let (called, answer) = (Arc::new(Notify::new()), Arc::new(Mutex::new(StatusCode::OK)));
+        let stable = Arc::<Mutex<(bool, bool)>>::default();
         let homeserver = Homeserver::start({
-            let (called, answer) = (called.clone(), answer.clone());
+            let (called, answer, stable) = (called.clone(), answer.clone(), stable.clone());
             move |seen| {
                 called.notify_waiters();
-                if seen.path.contains("/delayed_events/") {
+                let (has_stable, says_stable) = *stable.lock().unwrap();
+                if seen.path == "/_matrix/client/versions" && says_stable {
+                    let versions =
+                        json!({"versions": ["v1.18"], "unstable_features": {"org.matrix.msc4140.stable": true}});
+                    versions.to_string().into_response()
+                } else if seen.path.starts_with(STABLE) && !has_stable {
+                    (StatusCode::NOT_FOUND, json!({"errcode": "M_UNRECOGNIZED"}).to_string()).into_response()
+                } else if seen.path.contains("/delayed_events/") {
                     (*answer.lock().unwrap(), "{}").into_response()
                 } else {
                     userinfo(seen, USERS)
@@ -150,7 +161,7 @@ impl World {
         let floor = Arc::new(Floor::default());
         let service = start(&settings, &floor, &shelf).await;
         let (router, webhooks) = (service.router(), Mutex::new(0));
-        Self { homeserver, called, answer, shelf, floor, settings, service, router, webhooks }
+        Self { homeserver, called, answer, stable, shelf, floor, settings, service, router, webhooks }
     }
 
     /// The service dies without a word, and another one starts.
@@ -355,6 +366,47 @@ async fn a_service_that_dies_goes_on_where_it_was() {
     world.webhook("participant_left", "").await;
     world.stored(0).await;
     assert_eq!(world.calls().last().unwrap(), "syd_1/send");
+}
+
+#[tokio::test]
+async fn the_stable_paths_are_used_where_they_are_announced_and_really_there() {
+    let world = World::new().await;
+    *world.stable.lock().unwrap() = (true, true);
+    world.delegate("syd_1", 500).await;
+    world.webhook("participant_joined", "").await;
+    world.until(|| world.calls().iter().any(|call| call.starts_with(STABLE))).await;
+    // The homeserver is replaced by one that knows the unstable paths alone: the job does not notice.
+    *world.stable.lock().unwrap() = (false, true);
+    let before = world.calls().len();
+    world.until(|| world.calls()[before..].iter().any(|call| call == "syd_1/restart")).await;
+    world.webhook("participant_left", "").await;
+    world.stored(0).await;
+    assert_eq!(world.calls().last().unwrap(), "syd_1/send");
+}
+
+#[tokio::test]
+async fn an_access_token_goes_to_its_homeserver_with_delayed_event_calls_only() {
+    let world = World::with(
+        |settings| {
+            let name = settings.cs_api_url_overrides.keys().next().unwrap().clone();
+            settings.delayed_event_tokens =
+                [(name, "hunter2".into()), ("other.org".into(), "hunter3".into())].into();
+        },
+        false,
+    )
+    .await;
+    world.delegate("syd_1", 60_000).await;
+    world.webhook("participant_joined", "").await;
+    world.called(1).await;
+    world.webhook("participant_left", "").await;
+    world.called(2).await;
+    world.until(|| world.homeserver.seen().iter().any(|s| s.path.ends_with("/versions"))).await;
+    for seen in world.homeserver.seen() {
+        let token = seen.headers.get("authorization").map(|value| value.to_str().unwrap().to_owned());
+        let delayed = seen.path.contains("/delayed_events/");
+        assert_eq!(token.as_deref(), delayed.then_some("Bearer hunter2"), "{}", seen.path);
+    }
+    assert!(!format!("{:?}", world.service).contains("hunter"));
 }
 
 #[tokio::test]
