@@ -20,7 +20,7 @@ use crate::{
     delegation::{JobKey, Stats, StoredJob},
     openid::LookupError,
     sfu::{Sfu, SfuError, SfuParticipant, SfuRoom},
-    store::{Store, StoreError},
+    store::{Heard, Store, StoreError},
 };
 
 /// Seconds: from a cached connection next door to the end of a lookup's budget.
@@ -150,7 +150,7 @@ impl Metrics {
         self.sfu_seconds.with_label_values(&[call]).observe(took.as_secs_f64());
     }
 
-    /// The store failed to `put`, `remove`, `load` or `lease`.
+    /// The store failed to `put`, `remove`, `load`, `lease`, `release`, `tell` or `listen`.
     pub(crate) fn store_error(&self, operation: &'static str) {
         self.store_errors.with_label_values(&[operation]).inc();
     }
@@ -281,6 +281,14 @@ impl Store for CountedStore {
 
     async fn release(&self, key: &JobKey, replica: &str) -> Result<(), StoreError> {
         self.counted("release", self.store.release(key, replica).await)
+    }
+
+    async fn tell(&self, message: &[u8]) -> Result<(), StoreError> {
+        self.counted("tell", self.store.tell(message).await)
+    }
+
+    async fn listen(&self, heard: &Heard) -> Result<(), StoreError> {
+        self.counted("listen", self.store.listen(heard).await)
     }
 
     async fn check(&self) -> Result<(), StoreError> {

@@ -242,6 +242,11 @@ impl Job {
         }
     }
 
+    /// The end of the connection `sid` is no news: it was there for the job that this one replaces.
+    pub(crate) fn supersede(&mut self, sid: String) {
+        self.superseded = Some(sid);
+    }
+
     /// Takes note of what happened at `now`.
     pub(crate) fn handle(&mut self, now: Instant, input: Input) {
         match input {

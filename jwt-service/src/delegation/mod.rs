@@ -3,6 +3,7 @@
 
 mod homeservers;
 mod machine;
+mod notice;
 mod registry;
 mod shell;
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, Semaphore, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     task::AbortHandle,
     time::Instant,
 };
@@ -23,6 +23,7 @@ use super::{
     DelegationConfig, JobKey, JobParams, Stats,
     homeservers::{Action, Homeservers},
     machine::{CallId, Input, Outcome, Presence},
+    notice::Notice,
     registry::{AddError, Effect, LEASE_TTL, Lease, Now, Registry, Rules, Serial, Ticket},
 };
 use crate::{
@@ -41,6 +42,12 @@ const LOOK_TIME: Duration = Duration::from_secs(10);
 /// Calls to the SFU, and to the store, at a time.
 const LOOKS: usize = 64;
 const STORE_CALLS: usize = 64;
+/// Notices that wait to be told, and how long one is worth telling.
+const TOLD: usize = 1024;
+const TOLD_TIME: Duration = Duration::from_secs(10);
+/// Between two attempts to listen: where that failed, and where the store does not offer it.
+const LISTEN_PAUSE: Duration = Duration::from_secs(5);
+const LISTEN_PAUSE_REFUSED: Duration = Duration::from_mins(5);
 /// Time to give all leases up at the end.
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
@@ -65,6 +72,9 @@ struct Shared {
     replica: String,
     looks: Semaphore,
     store_calls: Semaphore,
+    /// Which process says what the others hear: unlike `replica`, never the same twice.
+    process: u64,
+    tell: mpsc::Sender<(Instant, Notice)>,
 }
 
 impl Delegation {
@@ -82,9 +92,11 @@ impl Delegation {
             jobs_per_user: config.jobs_per_user,
             sanity: config.sanity_interval,
             seed: rand::random(),
+            // Only Redis can be another process's store too.
+            shared: store.kind() == "redis",
         };
-        // Only Redis can be another process's store too.
-        let several = store.kind() == "redis";
+        let shared_store = rules.shared;
+        let (tell, told) = mpsc::channel(TOLD);
         let shared = Arc::new(Shared {
             registry: Mutex::new(Registry::new(rules)),
             calls: Mutex::default(),
@@ -98,10 +110,14 @@ impl Delegation {
             replica: config.replica,
             looks: Semaphore::new(LOOKS),
             store_calls: Semaphore::new(STORE_CALLS),
+            process: rand::random(),
+            tell,
         });
         let mut tasks = vec![tokio::spawn(shared.clone().keep_time()).abort_handle()];
-        if several {
+        if shared_store {
             tasks.push(tokio::spawn(shared.clone().sweep()).abort_handle());
+            tasks.push(tokio::spawn(shared.clone().tell(told)).abort_handle());
+            tasks.push(tokio::spawn(shared.clone().listen()).abort_handle());
         }
         Self { shared, tasks }
     }
@@ -252,9 +268,13 @@ impl Shared {
                     shared.with(|registry, now| registry.leased(now, serial, lease));
                 });
             }
-            Effect::Release { key } => {
-                tokio::spawn(async move { shared.release(&key).await });
+            Effect::Release { key, notice } => {
+                tokio::spawn(async move {
+                    shared.release(&key).await;
+                    notice.into_iter().for_each(|notice| shared.say(notice));
+                });
             }
+            Effect::Tell { notice } => self.say(notice),
             Effect::Reply { ticket } => {
                 if let Some(waiting) = lock(&self.replies).remove(&ticket) {
                     // The client may have gone; the job is taken all the same.
@@ -332,6 +352,47 @@ impl Shared {
 
     async fn release(&self, key: &JobKey) {
         let _ = self.stored(self.store.release(key, &self.replica)).await;
+    }
+
+    /// Has `notice` told to the other replicas.
+    fn say(&self, notice: Notice) {
+        // Full while Redis is down: then nobody would hear it either.
+        let _ = self.tell.try_send((Instant::now(), notice));
+    }
+
+    /// Tells one notice after the other: that somebody has left must not come before that they have joined.
+    async fn tell(self: Arc<Self>, mut told: mpsc::Receiver<(Instant, Notice)>) {
+        while let Some((at, notice)) = told.recv().await {
+            // What has waited for a store that was down is no news any more.
+            if at.elapsed() < TOLD_TIME {
+                let message = notice.encode(self.process);
+                let _ = self.stored(self.store.tell(&message)).await;
+            }
+        }
+    }
+
+    /// Listens to the other replicas.
+    async fn listen(self: Arc<Self>) {
+        loop {
+            let began = Instant::now();
+            let shared = self.clone();
+            let heard = move |message: &[u8]| {
+                if let Some(notice) = Notice::decode(message, shared.process) {
+                    shared.with(|registry, now| registry.heard(now, notice));
+                }
+            };
+            let pause = match self.store.listen(&heard).await {
+                Ok(()) => {
+                    tracing::debug!("the shared store passes nothing on between replicas");
+                    LISTEN_PAUSE_REFUSED
+                }
+                Err(error) => {
+                    tracing::warn!(cause = causes(&error), "other replicas cannot be heard");
+                    LISTEN_PAUSE
+                }
+            };
+            tokio::time::sleep_until(began + pause).await;
+        }
     }
 
     async fn load(&self) -> Result<Vec<super::StoredJob>, StoreError> {

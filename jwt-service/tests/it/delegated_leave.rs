@@ -92,8 +92,8 @@ impl Store for Shelf {
 
 /// An SFU that knows who is there; one that is down does not say.
 #[derive(Default)]
-struct Floor {
-    present: Mutex<Option<bool>>,
+pub(crate) struct Floor {
+    pub(crate) present: Mutex<Option<bool>>,
 }
 
 #[async_trait]
@@ -249,7 +249,7 @@ async fn start(settings: &Settings, floor: &Arc<Floor>, shelf: &Arc<Shelf>) -> S
 }
 
 /// A webhook with `body`, signed with `secret`, good for `seconds` from now; `scheme` comes before the token.
-fn signed(body: &str, secret: &str, seconds: i64, scheme: &str) -> Request<Body> {
+pub(crate) fn signed(body: &str, secret: &str, seconds: i64, scheme: &str) -> Request<Body> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
     let claims = json!({
         "iss": "devkey", "iat": now, "nbf": now, "exp": now + seconds,

@@ -18,6 +18,7 @@ mod openid_tokens;
 mod program;
 mod readiness;
 mod refusals;
+mod replicas;
 mod request_ids;
 mod sfu_calls;
 mod strangers_addresses;
