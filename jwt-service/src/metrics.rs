@@ -144,7 +144,7 @@ impl Metrics {
         self.discovery.with_label_values(&[outcome]).inc();
     }
 
-    /// A call of the SFU: `create_room` or `get_participant`.
+    /// A call of the SFU: `create_room`, `get_participant` or `list_participants`.
     pub(crate) fn sfu_call(&self, call: &'static str, succeeded: bool, took: Duration) {
         self.sfu_calls.with_label_values(&[call, if succeeded { "ok" } else { "failed" }]).inc();
         self.sfu_seconds.with_label_values(&[call]).observe(took.as_secs_f64());
@@ -238,6 +238,15 @@ impl Sfu for CountedSfu {
 
     async fn participant(&self, room: &str, identity: &str) -> Result<Option<SfuParticipant>, SfuError> {
         self.counted("get_participant", self.sfu.participant(room, identity)).await
+    }
+
+    async fn participants(
+        &self,
+        room: &str,
+        identities: &[&str],
+    ) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        let call = if identities.len() > 1 { "list_participants" } else { "get_participant" };
+        self.counted(call, self.sfu.participants(room, identities)).await
     }
 
     async fn check(&self) -> Result<(), SfuError> {

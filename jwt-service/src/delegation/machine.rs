@@ -36,6 +36,9 @@ const SECOND_LOOK_RESTORED: Duration = Duration::from_secs(5);
 /// The second look of a sanity check is not later than this after the first.
 const SECOND_LOOK_SANITY: Duration = Duration::from_secs(5);
 
+/// Looks for who has not come yet meet at multiples of this times a power of two, a quarter of the wait at most.
+const SHORTEST_ROUND: Duration = Duration::from_millis(125);
+
 /// What a job knows at its beginning.
 #[derive(Clone, Debug)]
 pub(crate) struct Start {
@@ -53,6 +56,9 @@ pub(crate) struct Start {
     pub(crate) superseded: Option<String>,
     /// For the jitter.
     pub(crate) seed: u64,
+    /// The same for all jobs of a room: their later looks are at times counted from it, so that many of them
+    /// meet and take one call.
+    pub(crate) rounds: Instant,
 }
 
 /// A call of which the result comes back.
@@ -162,6 +168,7 @@ pub(crate) struct Job {
     /// When the homeserver sends the event by itself, as far as we know.
     deadline: Instant,
     look: Look,
+    rounds: Instant,
     calls: CallId,
     random: SplitMix,
     outputs: VecDeque<Output>,
@@ -236,6 +243,7 @@ impl Job {
                 backoff: BACKOFF.0,
                 missed: None,
             },
+            rounds: start.rounds,
             calls: 0,
             random: SplitMix(start.seed),
             outputs: VecDeque::new(),
@@ -409,7 +417,7 @@ impl Job {
                 }
             }
             (State::Connected { .. }, Presence::Unknown) if self.look.purpose == Purpose::Sanity => {
-                self.look.at = self.sanity.map(|interval| When::Due(now + interval));
+                self.look.at = self.next_sanity(now);
             }
             (State::Waiting { .. } | State::Connected { .. }, Presence::Unknown) => self.look_later(now),
             (State::Leaving { .. } | State::Ended, _) => {}
@@ -502,12 +510,8 @@ impl Job {
 
     /// It is there: look again at the next sanity check, if there are any.
     fn back_to_sanity(&mut self, now: Instant) {
-        self.look = Look {
-            purpose: Purpose::Sanity,
-            at: self.sanity.map(|interval| When::Due(now + interval)),
-            backoff: BACKOFF.0,
-            missed: None,
-        };
+        self.look =
+            Look { purpose: Purpose::Sanity, at: self.next_sanity(now), backoff: BACKOFF.0, missed: None };
     }
 
     fn look_again(&mut self, now: Instant, purpose: Purpose) {
@@ -518,7 +522,24 @@ impl Job {
     fn look_later(&mut self, now: Instant) {
         let wait = self.random.around(self.look.backoff);
         self.look.backoff = longer(self.look.backoff);
-        self.look.at = Some(When::Due(now + wait));
+        // A power of two times the shortest, so that all rounds of long steps are rounds of short ones too.
+        let steps = (wait / 4).as_millis() / SHORTEST_ROUND.as_millis();
+        let step = steps.checked_ilog2().map(|power| SHORTEST_ROUND.saturating_mul(1 << power.min(20)));
+        let due = step.map_or(now + wait, |step| self.round(now + wait, step));
+        self.look.at = Some(When::Due(due));
+    }
+
+    /// When to check next that it is still there: at the same time as all others of the room.
+    fn next_sanity(&self, now: Instant) -> Option<When> {
+        self.sanity.map(|interval| When::Due(self.round(now + interval / 2, interval)))
+    }
+
+    /// The room's first round from `due` on, if there is one every `step`.
+    fn round(&self, due: Instant, step: Duration) -> Instant {
+        let since = due.saturating_duration_since(self.rounds).as_nanos();
+        let over = since.checked_rem(step.as_nanos()).unwrap_or(0);
+        let rest = if over == 0 { 0 } else { step.as_nanos() - over };
+        due + Duration::from_nanos(u64::try_from(rest).unwrap_or(0))
     }
 }
 

@@ -10,6 +10,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -173,6 +174,8 @@ pub(crate) struct Registry {
     serials: Serial,
     writes: WriteId,
     closed: bool,
+    /// From when on the rounds of looks are counted.
+    began: Option<Instant>,
     effects: VecDeque<Effect>,
     stats: Stats,
 }
@@ -236,6 +239,7 @@ impl Registry {
             serials: 0,
             writes: 0,
             closed: false,
+            began: None,
             effects: VecDeque::new(),
             stats: Stats::default(),
         }
@@ -280,6 +284,7 @@ impl Registry {
             sanity: self.rules.sanity,
             superseded,
             seed: 0,
+            rounds: self.rounds(now, &params.key),
         };
         self.insert(now, params, start, Some(user), now.wall, false);
         self.write(now, &key, Some(ticket));
@@ -310,6 +315,7 @@ impl Registry {
             sanity: self.rules.sanity,
             superseded: None,
             seed: 0,
+            rounds: self.rounds(now, &params.key),
         };
         self.insert(now, params, start, None, restarted_at, connected == Some(true));
     }
@@ -667,6 +673,16 @@ impl Registry {
             self.timers.extend(due.map(|at| (at, serial)));
             entry.due = due;
         }
+    }
+
+    /// From when on the looks into the room of `key` are counted: for each room from another moment, lest all
+    /// rooms be asked for at once.
+    fn rounds(&mut self, now: Now, key: &JobKey) -> Instant {
+        let began = *self.began.get_or_insert(now.instant);
+        let mut hasher = DefaultHasher::new();
+        key.room.hash(&mut hasher);
+        let earlier = Duration::from_millis(hasher.finish() % 60_000);
+        began.checked_sub(earlier).unwrap_or(began)
     }
 
     /// Drops a job, and what is on its way for it.

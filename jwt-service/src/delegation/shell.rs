@@ -27,7 +27,7 @@ use super::{
     registry::{AddError, Effect, LEASE_TTL, Lease, Now, Registry, Rules, Serial, Ticket},
 };
 use crate::{
-    ServerName, Sfu,
+    ParticipantIdentity, RoomAlias, ServerName, Sfu,
     http::causes,
     openid::{LookupError, Verifier},
     store::{Store, StoreError},
@@ -39,6 +39,8 @@ const STORE_TIME: Duration = Duration::from_secs(5);
 const LOAD_TIME: Duration = Duration::from_secs(30);
 /// Time for one look at the SFU, waiting for a place included.
 const LOOK_TIME: Duration = Duration::from_secs(10);
+/// How long a look waits for others into the same room. Their times are chosen to meet: see the machine.
+const ROUND: Duration = Duration::from_millis(20);
 /// Calls to the SFU, and to the store, at a time.
 const LOOKS: usize = 64;
 const STORE_CALLS: usize = 64;
@@ -71,11 +73,16 @@ struct Shared {
     store: Arc<dyn Store>,
     replica: String,
     looks: Semaphore,
+    /// Who is looked for next, by room.
+    rounds: Mutex<HashMap<RoomAlias, Vec<Looker>>>,
     store_calls: Semaphore,
     /// Which process says what the others hear: unlike `replica`, never the same twice.
     process: u64,
     tell: mpsc::Sender<(Instant, Notice)>,
 }
+
+/// A participant that is looked for, and who wants to know.
+type Looker = (ParticipantIdentity, oneshot::Sender<Presence>);
 
 impl Delegation {
     /// Starts with no jobs. Must be called within a tokio runtime.
@@ -109,6 +116,7 @@ impl Delegation {
             store,
             replica: config.replica,
             looks: Semaphore::new(LOOKS),
+            rounds: Mutex::default(),
             store_calls: Semaphore::new(STORE_CALLS),
             process: rand::random(),
             tell,
@@ -237,7 +245,7 @@ impl Shared {
             Effect::Restart { serial, call, params } => self.act(serial, call, params, Action::Restart),
             Effect::Send { serial, call, params } => self.act(serial, call, params, Action::Send),
             Effect::Look { serial, call, params } => self.spawn(serial, call, async move {
-                let presence = shared.look(&params.key).await;
+                let presence = shared.clone().look(&params.key).await;
                 shared.with(|registry, now| registry.looked(now, serial, call, presence));
             }),
             Effect::Cancel { serial } => {
@@ -315,19 +323,53 @@ impl Shared {
         calls.entry(serial).or_default().push((call, task.abort_handle()));
     }
 
-    async fn look(&self, key: &JobKey) -> Presence {
+    /// Looks for a participant together with all others of its room that are looked for now.
+    async fn look(self: Arc<Self>, key: &JobKey) -> Presence {
+        let (answer, asked) = oneshot::channel();
+        let first = {
+            let mut rounds = lock(&self.rounds);
+            let round = rounds.entry(key.room.clone()).or_default();
+            round.push((key.identity.clone(), answer));
+            round.len() == 1
+        };
+        if first {
+            tokio::spawn(self.round(key.room.clone()));
+        }
+        asked.await.unwrap_or(Presence::Unknown)
+    }
+
+    /// One call of the SFU for all who look into `room`. Whoever comes later is for the next: an answer that set
+    /// out before the question would be about an earlier time.
+    async fn round(self: Arc<Self>, room: RoomAlias) {
+        tokio::time::sleep(ROUND).await;
+        let round = lock(&self.rounds).remove(&room).unwrap_or_default();
+        // Jobs that are over do not wait for an answer.
+        let round: Vec<_> = round.into_iter().filter(|(_, answer)| !answer.is_closed()).collect();
+        if round.is_empty() {
+            return;
+        }
+        let identities: Vec<&str> = round.iter().map(|(identity, _)| identity.as_str()).collect();
         let asked = async {
             let _place = self.looks.acquire().await;
-            self.sfu.participant(key.room.as_str(), key.identity.as_str()).await
+            self.sfu.participants(room.as_str(), &identities).await
         };
-        match tokio::time::timeout(LOOK_TIME, asked).await {
-            Ok(Ok(Some(found))) => Presence::Present { sid: Some(found.sid).filter(|sid| !sid.is_empty()) },
-            Ok(Ok(None)) => Presence::Absent,
+        let found = match tokio::time::timeout(LOOK_TIME, asked).await {
+            Ok(Ok(found)) => found.into_iter().map(Some).collect(),
             Ok(Err(error)) => {
-                tracing::debug!(room = %key.room, cause = causes(&error), "the SFU does not say who is there");
-                Presence::Unknown
+                tracing::debug!(%room, cause = causes(&error), "the SFU does not say who is there");
+                Vec::new()
             }
-            Err(_) => Presence::Unknown,
+            Err(_) => Vec::new(),
+        };
+        let nobody_knows = std::iter::repeat(None);
+        for ((_, answer), found) in round.into_iter().zip(found.into_iter().chain(nobody_knows)) {
+            let presence = match found {
+                Some(Some(found)) => Presence::Present { sid: Some(found.sid).filter(|sid| !sid.is_empty()) },
+                Some(None) => Presence::Absent,
+                None => Presence::Unknown,
+            };
+            // The job may be over meanwhile.
+            let _ = answer.send(presence);
         }
     }
 

@@ -94,6 +94,8 @@ impl Store for Shelf {
 #[derive(Default)]
 pub(crate) struct Floor {
     pub(crate) present: Mutex<Option<bool>>,
+    /// How many were asked for at once, for each time.
+    rounds: Mutex<Vec<usize>>,
 }
 
 #[async_trait]
@@ -107,6 +109,16 @@ impl Sfu for Floor {
             Some(present) => Ok(present.then(|| SfuParticipant::new("PA_1"))),
             None => Err(SfuError::NotOffered),
         }
+    }
+
+    async fn participants(
+        &self,
+        room: &str,
+        identities: &[&str],
+    ) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        self.rounds.lock().unwrap().push(identities.len());
+        let one = self.participant(room, "anybody").await?;
+        Ok(vec![one; identities.len()])
     }
 }
 
@@ -311,6 +323,24 @@ async fn a_participant_that_is_there_already_needs_no_webhook() {
     *world.floor.present.lock().unwrap() = Some(true);
     world.delegate("syd_1", 60_000).await;
     assert_eq!(world.called(1).await, ["syd_1/restart"]);
+}
+
+#[tokio::test]
+async fn a_room_is_asked_about_all_its_participants_at_once() {
+    let mut world = World::new().await;
+    for n in 0..20 {
+        let mut body = get_token(&world.homeserver.name(), "good", "alice");
+        body["member"]["id"] = json!(format!("member-{n}"));
+        body["delay_id"] = json!(format!("syd_{n}"));
+        body["delay_timeout"] = json!(3_600_000);
+        assert_eq!(world.post("/delegate_delayed_leave", &body).await.0, 200);
+    }
+    *world.floor.present.lock().unwrap() = Some(true);
+    world.floor.rounds.lock().unwrap().clear();
+    world.restart().await;
+    world.called(20).await;
+    let rounds = world.floor.rounds.lock().unwrap().clone();
+    assert!(rounds.iter().sum::<usize>() >= 20 && rounds.len() < 20, "{rounds:?}");
 }
 
 #[tokio::test]

@@ -33,16 +33,18 @@ fn start(timeout: u64) -> Start {
         sanity: None,
         superseded: None,
         seed: 1,
+        rounds: now(),
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "an Instant has no other origin; the test moves it by itself")]
+fn now() -> Instant {
+    Instant::now()
 }
 
 impl World {
     fn new(start: Start) -> Self {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "an Instant has no other origin; the test moves it by itself"
-        )]
-        let now = Instant::now();
+        let now = start.rounds;
         let job = Job::new(now, start);
         let (homeserver, sfu) = (Outcome::Done, Presence::Unknown);
         let mut world = Self { job, begin: now, now, homeserver, sfu, log: Vec::new() };
@@ -316,6 +318,32 @@ fn sanity_checks_need_two_misses() {
     world.sfu = Presence::Absent;
     world.until(26_500);
     assert_eq!(world.times(Seen::Send), [22_000]);
+}
+
+#[test]
+fn looks_into_one_room_meet() {
+    let rounds = now();
+    let look_times = |start: Start, present: bool| {
+        let (mut looks, mut times) = (0, std::collections::BTreeSet::new());
+        for n in 0..50 {
+            let mut world = World::new(Start { seed: n, rounds, ..start.clone() });
+            world.sfu = Presence::Absent;
+            (world.begin, world.now) = (rounds, rounds + MS(37 * n));
+            if present {
+                world.sfu = Presence::Present { sid: None };
+                world.joined(None);
+            }
+            world.until(600_000);
+            let late: Vec<_> = world.times(Seen::Look).into_iter().filter(|at| *at > 300_000).collect();
+            looks += late.len();
+            times.extend(late);
+        }
+        (looks, times.len())
+    };
+    let sanity = look_times(Start { sanity: Some(MS(10_000)), ..start(3_600_000) }, true);
+    assert_eq!(sanity, (1500, 30), "once for all in each interval");
+    let (looks, times) = look_times(start(3_600_000), false);
+    assert!(looks >= 150 && times <= 76, "{looks} looks at {times} times: at every fourth second at most");
 }
 
 #[test]
