@@ -123,8 +123,10 @@ pub(crate) enum Output {
     Send(CallId),
     /// Ask the SFU for the participant.
     Look(CallId),
-    /// The event was restarted by a call made at this time: write it down.
-    Restarted { sent_at: Instant },
+    /// The event was restarted by a call made at this time, this long after it was due: write it down.
+    Restarted { sent_at: Instant, late: Duration },
+    /// The event was sent, this long after the participant was known to be gone.
+    Sent { late: Duration },
     /// The job is over. Nothing comes after this.
     Ended(End),
 }
@@ -178,7 +180,7 @@ pub(crate) struct Job {
 enum State {
     Waiting { until: Instant },
     Connected { sid: Option<String>, keeping: Keeping },
-    Leaving { until: Instant, call: Attempt },
+    Leaving { since: Instant, until: Instant, call: Attempt },
     Ended,
 }
 
@@ -196,6 +198,8 @@ enum Keeping {
 /// A call that is due or on its way, with its place in the retry schedule.
 #[derive(Debug)]
 struct Attempt {
+    /// When the first of its calls was due.
+    due: Instant,
     at: When,
     backoff: Duration,
 }
@@ -446,9 +450,9 @@ impl Job {
                     Outcome::Done => {
                         // Counted from the sending: the homeserver's clock started then or later.
                         self.deadline = sent_at + self.timeout;
-                        attempt.backoff = BACKOFF.0;
-                        attempt.at = When::Due(sent_at + cadence(self.timeout));
-                        self.outputs.push_back(Output::Restarted { sent_at });
+                        let late = now.saturating_duration_since(attempt.due);
+                        *attempt = Attempt::due(sent_at + cadence(self.timeout));
+                        self.outputs.push_back(Output::Restarted { sent_at, late });
                     }
                     Outcome::Gone | Outcome::Settled | Outcome::Refused => self.end(End::Lost),
                     Outcome::Later(hint) => {
@@ -464,12 +468,16 @@ impl Job {
                     }
                 }
             }
-            State::Leaving { until, call: attempt } => {
+            State::Leaving { since, until, call: attempt } => {
                 if !matches!(attempt.at, When::Flying { call: flying, .. } if flying == call) {
                     return;
                 }
                 match outcome {
-                    Outcome::Done | Outcome::Gone | Outcome::Settled => self.end(End::Sent),
+                    Outcome::Done | Outcome::Gone | Outcome::Settled => {
+                        let late = now.saturating_duration_since(*since);
+                        self.outputs.push_back(Output::Sent { late });
+                        self.end(End::Sent);
+                    }
                     Outcome::Refused | Outcome::Later(_) => {
                         let hint = if let Outcome::Later(hint) = outcome { hint } else { None };
                         let until = *until;
@@ -489,16 +497,14 @@ impl Job {
         // Nobody knows how old the delayed event is: the first restart puts our clock and the homeserver's
         // together, so the time to succeed in is counted from here.
         self.deadline = now + self.timeout;
-        let first = Attempt { at: When::Due(now), backoff: BACKOFF.0 };
-        self.state = State::Connected { sid, keeping: Keeping::Restarting(first) };
+        self.state = State::Connected { sid, keeping: Keeping::Restarting(Attempt::due(now)) };
         self.superseded = None;
         self.back_to_sanity(now);
     }
 
     fn leave(&mut self, now: Instant) {
         let window = self.deadline.saturating_duration_since(now).clamp(SEND_WINDOW.0, SEND_WINDOW.1);
-        let first = Attempt { at: When::Due(now), backoff: BACKOFF.0 };
-        self.state = State::Leaving { until: now + window, call: first };
+        self.state = State::Leaving { since: now, until: now + window, call: Attempt::due(now) };
         self.look.at = None;
     }
 
@@ -544,6 +550,10 @@ impl Job {
 }
 
 impl Attempt {
+    fn due(due: Instant) -> Self {
+        Self { due, at: When::Due(due), backoff: BACKOFF.0 }
+    }
+
     /// When to try again, after an attempt that failed at `now`.
     fn next(
         &mut self,

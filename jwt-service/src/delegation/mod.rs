@@ -14,7 +14,7 @@ use std::{
 
 use zeroize::Zeroizing;
 
-pub use self::registry::Stats;
+pub use self::registry::{Lateness, Stats};
 pub(crate) use self::{
     machine::{Input, Leave},
     registry::AddError,

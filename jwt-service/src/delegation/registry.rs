@@ -159,6 +159,32 @@ pub struct Stats {
     pub aborted: u64,
     /// Writes that the store failed to do.
     pub store_errors: u64,
+    /// How long after they were due restarts succeeded.
+    pub restart_lateness: Lateness,
+    /// How long after the participant was known to be gone delayed events were sent.
+    pub send_lateness: Lateness,
+}
+
+/// How often something was how late.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lateness {
+    /// How often it was not later than each of [`Self::BOUNDS`] and later than the one before; at the end, later
+    /// than all.
+    pub counts: [u64; Self::BOUNDS.len() + 1],
+    /// All of it together.
+    pub sum: Duration,
+}
+
+impl Lateness {
+    /// In seconds.
+    pub const BOUNDS: [f64; 11] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
+
+    fn count(&mut self, late: Duration) {
+        let bucket = Self::BOUNDS.iter().position(|bound| late.as_secs_f64() <= *bound);
+        self.counts[bucket.unwrap_or(Self::BOUNDS.len())] += 1;
+        self.sum = self.sum.saturating_add(late);
+    }
 }
 
 /// All jobs of this replica.
@@ -635,7 +661,9 @@ impl Registry {
                 Output::Restart(call) => self.effects.push_back(Effect::Restart { serial, call, params }),
                 Output::Send(call) => self.effects.push_back(Effect::Send { serial, call, params }),
                 Output::Look(call) => self.effects.push_back(Effect::Look { serial, call, params }),
-                Output::Restarted { sent_at } => {
+                Output::Sent { late } => self.stats.send_lateness.count(late),
+                Output::Restarted { sent_at, late } => {
+                    self.stats.restart_lateness.count(late);
                     self.stats.restarts += 1;
                     entry.restarted_at = now.wall - now.instant.saturating_duration_since(sent_at);
                     entry.connected = true;

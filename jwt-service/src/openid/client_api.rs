@@ -32,6 +32,11 @@ impl Verifier {
         self.overrides.get(&name.as_str().to_ascii_lowercase())
     }
 
+    /// Counts a use of the cache of base URLs.
+    pub(crate) fn count_client_discovery(&self, outcome: &'static str) {
+        self.metrics.client_discovery(outcome);
+    }
+
     /// The base URL of `name`'s client-server API as its `.well-known` says.
     pub(crate) async fn discover_client_api(&self, name: &ServerName) -> Result<Url, LookupError> {
         let lane = self.rules.lane(name);

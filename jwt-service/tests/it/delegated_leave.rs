@@ -10,7 +10,7 @@ use std::{
 use antiphon_jwt_service::{
     DelegationConfig, FullAccess, ParticipantIdentity, RoomAlias, Service, Settings, Sfu, SfuError,
     SfuParticipant, SfuRoom,
-    delegation::{JobKey, StoredJob},
+    delegation::{JobKey, Lateness, StoredJob},
     store::{Store, StoreError},
 };
 use async_trait::async_trait;
@@ -291,6 +291,9 @@ async fn a_leave_is_kept_alive_and_sent_when_the_participant_goes() {
     assert_eq!(world.webhook("participant_left", "SIGNAL_CLOSE").await, 200);
     assert_eq!(world.called(2).await, ["syd_1/restart", "syd_1/send"]);
     world.stored(0).await;
+    let stats = world.service.delegation_stats().unwrap();
+    let times = |lateness: Lateness| lateness.counts.iter().sum::<u64>();
+    assert_eq!((times(stats.restart_lateness), times(stats.send_lateness)), (1, 1));
     let seen = world.homeserver.seen();
     let call = seen.iter().find(|s| s.path.ends_with("/send")).unwrap();
     assert_eq!(

@@ -14,6 +14,7 @@ struct World {
     homeserver: Outcome,
     sfu: Presence,
     log: Vec<(u64, Seen)>,
+    late: Vec<(Seen, Duration)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,7 @@ impl World {
         let now = start.rounds;
         let job = Job::new(now, start);
         let (homeserver, sfu) = (Outcome::Done, Presence::Unknown);
-        let mut world = Self { job, begin: now, now, homeserver, sfu, log: Vec::new() };
+        let mut world = Self { job, begin: now, now, homeserver, sfu, log: Vec::new(), late: Vec::new() };
         world.job.handle_timeout(now);
         world.settle();
         world
@@ -83,7 +84,8 @@ impl World {
                     self.log.push((at, Seen::Look));
                     self.job.handle(self.now, Input::Looked { call, presence: self.sfu.clone() });
                 }
-                Output::Restarted { .. } => {}
+                Output::Restarted { late, .. } => self.late.push((Seen::Restart, late)),
+                Output::Sent { late } => self.late.push((Seen::Send, late)),
                 Output::Ended(end) => self.log.push((at, Seen::Ended(end))),
             }
         }
@@ -187,6 +189,28 @@ fn an_event_that_is_gone_or_refused_ends_the_job_without_a_send() {
         assert_eq!(world.calls().last(), Some(&Seen::Ended(End::Lost)), "{outcome:?}");
         assert!(world.times(Seen::Send).is_empty());
     }
+}
+
+#[test]
+fn lateness_counts_from_when_it_was_due_to_when_it_was_done() {
+    let mut world = connected(8000);
+    assert_eq!(world.late, [(Seen::Restart, Duration::ZERO)]);
+    // Due at 4 s; the homeserver works again from 6 s on.
+    world.until(3999);
+    world.homeserver = Outcome::Later(None);
+    world.until(6000);
+    world.homeserver = Outcome::Done;
+    world.until(7000);
+    assert!(
+        matches!(world.late[1], (Seen::Restart, late) if late >= MS(2000) && late < MS(3000)),
+        "{:?}",
+        world.late
+    );
+    world.homeserver = Outcome::Later(Some(MS(700)));
+    world.left(None, Leave::OnPurpose);
+    world.homeserver = Outcome::Gone;
+    world.until(9000);
+    assert_eq!(world.late[2..], [(Seen::Send, MS(700))]);
 }
 
 #[test]
@@ -444,7 +468,7 @@ proptest! {
                         flying = Some(call);
                     }
                     Output::Ended(_) => ended = true,
-                    Output::Look(_) | Output::Restarted { .. } => {}
+                    Output::Look(_) | Output::Restarted { .. } | Output::Sent { .. } => {}
                 }
             }
             prop_assert_eq!(ended, job.phase() == Phase::Ended);
