@@ -48,8 +48,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 pub use self::{
     config::{
-        Bind, Config, ConfigError, FullAccess, Limits, LogFormat, LogLevel, Network, Rate, SETTINGS, Setting,
-        Settings, Sources, TlsFiles, TlsPolicy, TrustedProxies, Warning,
+        Bind, Config, ConfigError, FullAccess, Limits, LogFormat, LogLevel, Network, Rate, RestrictedUsers,
+        SETTINGS, Setting, Settings, Sources, TlsFiles, TlsPolicy, TrustedProxies, Warning,
     },
     delegation::{DelegationConfig, Leave},
     identity::{LEGACY_SLOT, ParticipantIdentity, RoomAlias},

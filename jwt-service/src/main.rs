@@ -110,8 +110,8 @@ fn settings_help() -> String {
     }
     text.push_str(
         "  SSL_CERT_FILE, SSL_CERT_DIR\n      root certificates, in place of the system's\n\
-         Each key is a flag too, with dashes, but for key, secret and redis_url: other users of the machine can \
-         read\na process's arguments.\n\n\
+         Each key is a flag too, with dashes, but for key, secret, redis_url and delayed_event_tokens: other users\nof \
+         the machine can read a process's arguments.\n\n\
          Try it:\n  \
          LIVEKIT_URL=ws://localhost:7880 LIVEKIT_KEY=devkey LIVEKIT_SECRET=secret \\\n  \
          LIVEKIT_FULL_ACCESS_HOMESERVERS='*' LIVEKIT_JWT_BIND=127.0.0.1:8080 jwt-service\n\n\

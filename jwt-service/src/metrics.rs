@@ -17,10 +17,10 @@ use prometheus::{
 };
 
 use crate::{
-    delegation::{JobKey, Stats, StoredJob},
+    delegation::{JobKey, Lateness, Stats, StoredJob},
     openid::LookupError,
     sfu::{Sfu, SfuError, SfuParticipant, SfuRoom},
-    store::{Store, StoreError},
+    store::{Heard, Store, StoreError},
 };
 
 /// Seconds: from a cached connection next door to the end of a lookup's budget.
@@ -36,6 +36,7 @@ pub(crate) struct Metrics {
     lookups: Histogram,
     lookup_failures: IntCounterVec,
     discovery: IntCounterVec,
+    client_discovery: IntCounterVec,
     sfu_calls: IntCounterVec,
     sfu_seconds: HistogramVec,
     store_errors: IntCounterVec,
@@ -77,6 +78,11 @@ impl Metrics {
             discovery: made.counters(
                 "discovery_total",
                 "Uses of the cache of federation discovery, by outcome",
+                &["outcome"],
+            )?,
+            client_discovery: made.counters(
+                "client_discovery_total",
+                "Uses of the cache of homeservers' client-server APIs, by outcome",
                 &["outcome"],
             )?,
             sfu_calls: made.counters(
@@ -144,13 +150,19 @@ impl Metrics {
         self.discovery.with_label_values(&[outcome]).inc();
     }
 
-    /// A call of the SFU: `create_room` or `get_participant`.
+    /// A use of the cache of client-server APIs: `written` by the operator, `hit`, `stale` (good, but old, since
+    /// it could not be looked up again), `fetched` or `failed`.
+    pub(crate) fn client_discovery(&self, outcome: &'static str) {
+        self.client_discovery.with_label_values(&[outcome]).inc();
+    }
+
+    /// A call of the SFU: `create_room`, `get_participant` or `list_participants`.
     pub(crate) fn sfu_call(&self, call: &'static str, succeeded: bool, took: Duration) {
         self.sfu_calls.with_label_values(&[call, if succeeded { "ok" } else { "failed" }]).inc();
         self.sfu_seconds.with_label_values(&[call]).observe(took.as_secs_f64());
     }
 
-    /// The store failed to `put`, `remove`, `load` or `lease`.
+    /// The store failed to `put`, `remove`, `load`, `lease`, `release`, `tell` or `listen`.
     pub(crate) fn store_error(&self, operation: &'static str) {
         self.store_errors.with_label_values(&[operation]).inc();
     }
@@ -208,6 +220,33 @@ fn delegated_leave(stats: &Stats) -> String {
         "kind",
         &[("job", wide(stats.unwritten))],
     );
+    for (name, help, lateness) in [
+        (
+            "restart_lateness_seconds",
+            "From when the restart of a delayed event was due to when it succeeded",
+            &stats.restart_lateness,
+        ),
+        (
+            "send_lateness_seconds",
+            "From when a participant was known to be gone to when its delayed event was sent",
+            &stats.send_lateness,
+        ),
+    ] {
+        text.push_str(&histogram(name, help, lateness));
+    }
+    text
+}
+
+fn histogram(name: &str, help: &str, lateness: &Lateness) -> String {
+    let mut text = format!("# HELP jwt_service_{name} {help}\n# TYPE jwt_service_{name} histogram\n");
+    let mut so_far = 0;
+    let bounds = Lateness::BOUNDS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+    for (bound, count) in bounds.zip(lateness.counts) {
+        so_far += count;
+        text.push_str(&format!("jwt_service_{name}_bucket{{le=\"{bound}\"}} {so_far}\n"));
+    }
+    text.push_str(&format!("jwt_service_{name}_sum {}\n", lateness.sum.as_secs_f64()));
+    text.push_str(&format!("jwt_service_{name}_count {so_far}\n"));
     text
 }
 
@@ -238,6 +277,15 @@ impl Sfu for CountedSfu {
 
     async fn participant(&self, room: &str, identity: &str) -> Result<Option<SfuParticipant>, SfuError> {
         self.counted("get_participant", self.sfu.participant(room, identity)).await
+    }
+
+    async fn participants(
+        &self,
+        room: &str,
+        identities: &[&str],
+    ) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        let call = if identities.len() > 1 { "list_participants" } else { "get_participant" };
+        self.counted(call, self.sfu.participants(room, identities)).await
     }
 
     async fn check(&self) -> Result<(), SfuError> {
@@ -281,6 +329,14 @@ impl Store for CountedStore {
 
     async fn release(&self, key: &JobKey, replica: &str) -> Result<(), StoreError> {
         self.counted("release", self.store.release(key, replica).await)
+    }
+
+    async fn tell(&self, message: &[u8]) -> Result<(), StoreError> {
+        self.counted("tell", self.store.tell(message).await)
+    }
+
+    async fn listen(&self, heard: &Heard) -> Result<(), StoreError> {
+        self.counted("listen", self.store.listen(heard).await)
     }
 
     async fn check(&self) -> Result<(), StoreError> {
@@ -365,11 +421,14 @@ mod tests {
         metrics.limited("address");
         metrics.lookup(&Err::<(), _>(LookupError::TimedOut), Duration::from_secs(30));
         metrics.discovery("hit");
+        metrics.client_discovery("stale");
         metrics.sfu_call("create_room", false, Duration::from_secs(1));
         metrics.store_error("put");
         metrics.up("sfu", true);
         let mut stats = Stats::default();
         (stats.connected, stats.restarts) = (7, 9);
+        (stats.send_lateness.counts[0], stats.send_lateness.counts[11]) = (2, 1);
+        stats.send_lateness.sum = Duration::from_millis(61_500);
         let text = metrics.text(Some(&stats));
         for line in [
             "jwt_service_requests_in_flight 0",
@@ -379,6 +438,13 @@ mod tests {
             "jwt_service_lookup_failures_total{class=\"timed_out\"} 1",
             "jwt_service_lookup_seconds_count 1",
             "jwt_service_discovery_total{outcome=\"hit\"} 1",
+            "jwt_service_client_discovery_total{outcome=\"stale\"} 1",
+            "jwt_service_send_lateness_seconds_bucket{le=\"0.01\"} 2",
+            "jwt_service_send_lateness_seconds_bucket{le=\"60\"} 2",
+            "jwt_service_send_lateness_seconds_bucket{le=\"+Inf\"} 3",
+            "jwt_service_send_lateness_seconds_sum 61.5",
+            "jwt_service_send_lateness_seconds_count 3",
+            "jwt_service_restart_lateness_seconds_count 0",
             "jwt_service_sfu_calls_total{call=\"create_room\",outcome=\"failed\"} 1",
             "jwt_service_jobs{state=\"connected\"} 7",
             "jwt_service_delayed_event_calls_total{call=\"restart_ok\"} 9",

@@ -2,13 +2,17 @@
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use std::{
+    collections::HashMap,
     error::Error,
     fmt,
     time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
-use livekit_protocol::{CreateRoomRequest, ParticipantInfo, Room, RoomParticipantIdentity};
+use livekit_protocol::{
+    CreateRoomRequest, ListParticipantsRequest, ListParticipantsResponse, ParticipantInfo, Room,
+    RoomParticipantIdentity,
+};
 use prost::Message as _;
 use serde::Deserialize;
 use url::Url;
@@ -26,6 +30,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
 /// The largest answer we read. A room description is a few hundred bytes.
 const MAX_ANSWER: usize = 64 * 1024;
+/// The same for a list of everybody in a room, with their tracks and metadata.
+const MAX_LIST: usize = 8 * 1024 * 1024;
 
 /// What this service needs of an SFU. [`TwirpSfu`] asks a LiveKit server; an SFU in the same process
 /// implements it directly.
@@ -47,6 +53,23 @@ pub trait Sfu: Send + Sync {
     async fn participant(&self, room: &str, identity: &str) -> Result<Option<SfuParticipant>, SfuError> {
         let _ = (room, identity);
         Err(SfuError::NotOffered)
+    }
+
+    /// Which of `identities` are participants of the room `room`, in their order: `None` for those that are
+    /// certainly not. Unless it is implemented, they are asked for one by one.
+    ///
+    /// # Errors
+    /// [`SfuError`] if that cannot be found out for one of them. It is never taken for absence.
+    async fn participants(
+        &self,
+        room: &str,
+        identities: &[&str],
+    ) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        let mut found = Vec::with_capacity(identities.len());
+        for identity in identities {
+            found.push(self.participant(room, identity).await?);
+        }
+        Ok(found)
     }
 
     /// Whether the SFU answers at all: for readiness. An SFU in the same process always does.
@@ -132,6 +155,7 @@ pub enum SfuError {
 pub struct TwirpSfu {
     create_room: Url,
     get_participant: Url,
+    list_participants: Url,
     http: reqwest::Client,
     signer: TokenSigner,
     timeout: Duration,
@@ -150,13 +174,14 @@ impl TwirpSfu {
                 .map_err(|_| SfuError::BadUrl(url.to_owned()))
         };
         let (create_room, get_participant) = (method("CreateRoom")?, method("GetParticipant")?);
+        let list_participants = method("ListParticipants")?;
         let mut http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none());
         if is_loopback(&create_room) {
             http = http.no_proxy();
         }
         let http = http.build().map_err(|e| SfuError::Ours(e.into()))?;
         let signer = TokenSigner::new(key, secret.clone()).map_err(|e| SfuError::Ours(e.into()))?;
-        Ok(Self { create_room, get_participant, http, signer, timeout: CALL_TIMEOUT })
+        Ok(Self { create_room, get_participant, list_participants, http, signer, timeout: CALL_TIMEOUT })
     }
 
     /// The same, giving up on a call after `timeout` instead of 8 s.
@@ -168,12 +193,30 @@ impl TwirpSfu {
 
     /// One call within its time.
     async fn call(&self, method: &Url, token: &str, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
-        tokio::time::timeout(self.timeout, self.request(method, token, body))
+        tokio::time::timeout(self.timeout, self.request(method, token, body, MAX_ANSWER))
             .await
             .map_err(|_| SfuError::TimedOut(self.timeout))?
     }
 
-    async fn request(&self, method: &Url, token: &str, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
+    /// Everybody in a room.
+    async fn list(&self, room: &str) -> Result<Vec<ParticipantInfo>, SfuError> {
+        let request = ListParticipantsRequest { room: room.to_owned(), ..Default::default() };
+        let token = self.signer.administer(room, SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
+        let asked = self.request(&self.list_participants, &token, request.encode_to_vec(), MAX_LIST);
+        let body = tokio::time::timeout(self.timeout, asked)
+            .await
+            .map_err(|_| SfuError::TimedOut(self.timeout))??;
+        let list = ListParticipantsResponse::decode(body).map_err(|_| SfuError::NotAParticipant)?;
+        Ok(list.participants)
+    }
+
+    async fn request(
+        &self,
+        method: &Url,
+        token: &str,
+        body: Vec<u8>,
+        most: usize,
+    ) -> Result<bytes::Bytes, SfuError> {
         let request = || {
             self.http
                 .post(method.clone())
@@ -194,7 +237,7 @@ impl TwirpSfu {
         let status = answer.status();
         let mut body = Vec::new();
         while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
-            if body.len() + chunk.len() > MAX_ANSWER {
+            if body.len() + chunk.len() > most {
                 return Err(SfuError::NotARoom);
             }
             body.extend_from_slice(&chunk);
@@ -238,6 +281,38 @@ impl Sfu for TwirpSfu {
             Err(SfuError::Refused { code, .. }) if code == "not_found" => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    async fn participants(
+        &self,
+        room: &str,
+        identities: &[&str],
+    ) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        if let [identity] = identities {
+            return Ok(vec![self.participant(room, identity).await?]);
+        }
+        let mut found = Vec::with_capacity(identities.len());
+        let listed: Option<HashMap<_, _>> = match self.list(room).await {
+            Ok(list) => Some(list.into_iter().map(|one| (one.identity, one.sid)).collect()),
+            // An SFU without lists, or whose list is of no use; it may know single ones.
+            Err(SfuError::Refused { .. } | SfuError::NotAParticipant | SfuError::NotARoom) => None,
+            Err(error) => return Err(error),
+        };
+        // An empty list is also what something that is no SFU would answer: one that is certainly absent must
+        // bear it out.
+        let borne_out = match (&listed, identities.first()) {
+            (Some(listed), Some(first)) if listed.is_empty() => {
+                self.participant(room, first).await?.is_none()
+            }
+            (listed, _) => listed.is_some(),
+        };
+        for identity in identities {
+            found.push(match listed.as_ref().filter(|_| borne_out) {
+                Some(listed) => listed.get(*identity).map(SfuParticipant::new),
+                None => self.participant(room, identity).await?,
+            });
+        }
+        Ok(found)
     }
 
     async fn check(&self) -> Result<(), SfuError> {

@@ -48,9 +48,32 @@ impl TokenSigner {
         let video = VideoGrant {
             room: Some(alias.as_str()),
             room_join: true,
-            can_publish: true,
+            can_publish: Some(true),
             can_subscribe: true,
             can_update_own_metadata: true,
+            ..VideoGrant::default()
+        };
+        self.sign(Some(identity.as_str()), video, now, lifetime)
+    }
+
+    /// The same for a client that may only watch and listen: no media, no data, no metadata of its own.
+    ///
+    /// # Errors
+    /// [`TokenError::Sign`] if the signature cannot be made.
+    pub fn listen(
+        &self,
+        identity: &ParticipantIdentity,
+        alias: &RoomAlias,
+        now: SystemTime,
+        lifetime: Duration,
+    ) -> Result<String, TokenError> {
+        let video = VideoGrant {
+            room: Some(alias.as_str()),
+            room_join: true,
+            // Written out: LiveKit takes what is absent for permitted.
+            can_publish: Some(false),
+            can_publish_data: Some(false),
+            can_subscribe: true,
             ..VideoGrant::default()
         };
         self.sign(Some(identity.as_str()), video, now, lifetime)
@@ -140,8 +163,10 @@ struct VideoGrant<'a> {
     room_admin: bool,
     #[serde(skip_serializing_if = "is_false")]
     room_join: bool,
-    #[serde(skip_serializing_if = "is_false")]
-    can_publish: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    can_publish: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    can_publish_data: Option<bool>,
     #[serde(skip_serializing_if = "is_false")]
     can_subscribe: bool,
     #[serde(skip_serializing_if = "is_false")]
@@ -191,6 +216,22 @@ mod tests {
                     "roomJoin": true, "room": alias.as_str(),
                     "canPublish": true, "canSubscribe": true, "canUpdateOwnMetadata": true,
                 },
+            })
+        );
+    }
+
+    #[test]
+    fn a_listener_is_told_what_it_may_not_do() {
+        let alias = RoomAlias::of_slot("!r:hs", "s");
+        let identity = ParticipantIdentity::of_member("@a:hs", "D", "m");
+        let token = signer().listen(&identity, &alias, at(1_700_000_000), Duration::from_secs(60)).unwrap();
+        let (_, claims) = parts(&token);
+        assert_eq!(claims["sub"], identity.as_str());
+        assert_eq!(
+            claims["video"],
+            json!({
+                "roomJoin": true, "room": alias.as_str(),
+                "canPublish": false, "canPublishData": false, "canSubscribe": true,
             })
         );
     }

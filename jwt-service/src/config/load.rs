@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     delegation::DelegationConfig,
+    openid::ServerName,
     secret::Secret,
     sfu,
     store::{RedisStore, RedisUrl, StoreConfig},
@@ -61,10 +62,17 @@ pub(super) fn config(sources: &Sources) -> Result<Config, ConfigError> {
 
     let mut settings = Settings::new(livekit_url, key, secret);
     settings.full_access = full_access;
+    settings.allowed_homeservers = allowed(sources, &mut warnings);
+    if let Some(found) = sources.find("LIVEKIT_JWT_RESTRICTED_USERS") {
+        settings.restricted_users = found.text.parse().map_err(|()| {
+            found.malformed(format_args!("{:?} is nothing they can do", found.text), "publish or listen")
+        })?;
+    }
     settings.insecure_skip_verify_tls = insecure_skip_verify_tls;
     settings.private_homeservers =
         sources.find("LIVEKIT_PRIVATE_HOMESERVERS").map(|found| names(found.text)).unwrap_or_default();
     settings.cs_api_url_overrides = cs_api_url_overrides;
+    settings.delayed_event_tokens = delayed_event_tokens(sources)?;
     if let Some(seconds) =
         Number::of(sources, "LIVEKIT_JWT_TOKEN_LIFETIME_SECONDS", "60 to 86400").within(60, 86400)?
     {
@@ -190,6 +198,18 @@ fn full_access(sources: &Sources, warnings: &mut Vec<Warning>) -> Result<FullAcc
         warnings.push(Warning::WildcardInList);
     }
     Ok(FullAccess::Only(names))
+}
+
+/// Whose users get tokens at all; `None` is everybody's.
+fn allowed(sources: &Sources, warnings: &mut Vec<Warning>) -> Option<BTreeSet<String>> {
+    let names = names(sources.find("LIVEKIT_JWT_ALLOWED_HOMESERVERS")?.text);
+    if names.len() == 1 && names.contains("*") {
+        return None;
+    }
+    if names.contains("*") {
+        warnings.push(Warning::WildcardInAllowed);
+    }
+    Some(names)
 }
 
 /// Names separated by commas or white space.
@@ -416,12 +436,46 @@ fn overrides(found: Found<'_>) -> Result<BTreeMap<String, Url>, ConfigError> {
     found.text.split(',').map(entry).collect()
 }
 
+/// `server_name=token`, separated by commas, or one a line in a file. Nothing of it is quoted.
+fn delayed_event_tokens(sources: &Sources) -> Result<BTreeMap<String, Secret>, ConfigError> {
+    const ADVICE: &str = "server_name=token for each: separated by commas, or in a file one a line";
+    let listed = sources.find("LIVEKIT_JWT_DELAYED_EVENT_TOKENS");
+    let filed = sources.find("LIVEKIT_JWT_DELAYED_EVENT_TOKENS_FROM_FILE");
+    let (found, text, separator) = match (listed, filed) {
+        (None, None) => return Ok(BTreeMap::new()),
+        (Some(listed), Some(filed)) => return Err(ConfigError::Conflict(filed.place, listed.place)),
+        (Some(listed), None) => {
+            let text = Secret::new(listed.text);
+            (listed, text, ',')
+        }
+        (None, Some(filed)) => {
+            let text = read(&filed)?;
+            (filed, text, '\n')
+        }
+    };
+    let entries = text.expose().split(separator).map(str::trim);
+    let entries =
+        entries.enumerate().filter(|(_, e)| separator == ',' || !(e.is_empty() || e.starts_with('#')));
+    let entry = |(index, entry): (usize, &str)| {
+        let number = index + 1;
+        let wrong = |what: &str| found.malformed(format_args!("entry {number} {what}"), ADVICE);
+        let (name, token) = entry.split_once('=').ok_or_else(|| wrong("has no ="))?;
+        let (name, token) = (name.trim(), token.trim());
+        name.parse::<ServerName>().map_err(|_| wrong("does not begin with a server name"))?;
+        if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(wrong("has no token, or one that is more than a word of ASCII"));
+        }
+        Ok((name.to_ascii_lowercase(), Secret::new(token)))
+    };
+    entries.map(entry).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::{io::Write as _, path::Path};
 
     use super::*;
-    use crate::config::SETTINGS;
+    use crate::config::{RestrictedUsers, SETTINGS};
 
     const GOOD: [(&str, &str); 4] = [
         ("LIVEKIT_URL", "wss://sfu.example.com"),
@@ -482,6 +536,38 @@ mod tests {
         assert!(!list("a").includes("a:8448"));
         assert!(FullAccess::All.includes("anything"));
         assert!(FullAccess::Loopback.includes("localhost:8448") && !FullAccess::Loopback.includes("a"));
+    }
+
+    #[test]
+    fn a_list_says_whose_users_get_tokens_at_all() {
+        let admits = |changes: &[(&str, &str)], name: &str| config(changes).unwrap().settings.admits(name);
+        let list = ("LIVEKIT_JWT_ALLOWED_HOMESERVERS", "a.org, B.org:8448");
+        assert!(admits(&[], "anything"));
+        assert!(admits(&[("LIVEKIT_JWT_ALLOWED_HOMESERVERS", "*")], "anything"));
+        assert!(admits(&[list], "A.org") && admits(&[list], "b.org:8448"));
+        assert!(admits(&[list], "example.com"), "full access implies it");
+        for name in ["b.org", "c.org", "*", ""] {
+            assert!(!admits(&[list], name), "{name}");
+            assert!(!admits(&[list, ("LIVEKIT_FULL_ACCESS_HOMESERVERS", "*")], name), "{name}");
+        }
+        let nobody_else = [("LIVEKIT_JWT_ALLOWED_HOMESERVERS", ",")];
+        assert!(admits(&nobody_else, "example.com") && !admits(&nobody_else, "a.org"));
+        let star = config(&[("LIVEKIT_JWT_ALLOWED_HOMESERVERS", "*,a.org")]).unwrap();
+        assert!(!star.settings.admits("c.org") && star.warnings.contains(&Warning::WildcardInAllowed));
+    }
+
+    #[test]
+    fn restricted_users_publish_unless_they_only_listen() {
+        let users =
+            |text| config(&[("LIVEKIT_JWT_RESTRICTED_USERS", text)]).map(|c| c.settings.restricted_users);
+        assert_eq!(users("").unwrap(), RestrictedUsers::Publish);
+        assert_eq!(users("publish").unwrap(), RestrictedUsers::Publish);
+        assert_eq!(users("listen").unwrap(), RestrictedUsers::Listen);
+        let said = users("false").unwrap_err().to_string();
+        assert_eq!(
+            said,
+            "LIVEKIT_JWT_RESTRICTED_USERS: \"false\" is nothing they can do; write publish or listen"
+        );
     }
 
     #[test]
@@ -574,6 +660,40 @@ mod tests {
             let text = refused(&[("LIVEKIT_CS_API_URL_OVERRIDES", bad)]);
             assert!(text.starts_with("LIVEKIT_CS_API_URL_OVERRIDES: "), "{text}");
         }
+    }
+
+    #[test]
+    fn access_tokens_come_as_a_list_or_in_a_file_and_are_never_quoted() {
+        let tokens = |changes: &[(&str, &str)]| {
+            let loaded = config(changes).unwrap();
+            assert!(!format!("{loaded:?}").contains("hunter"), "redacted");
+            let tokens = loaded.settings.delayed_event_tokens.into_iter();
+            tokens.map(|(name, token)| (name, token.expose().to_owned())).collect::<Vec<_>>()
+        };
+        let expected = [("[::1]:8448".into(), "hunter3".into()), ("a.org".into(), "hunter2==".into())];
+        let list = "A.org = hunter2==, [::1]:8448=hunter3";
+        assert_eq!(tokens(&[("LIVEKIT_JWT_DELAYED_EVENT_TOKENS", list)]), expected);
+        let lines = file("# why\n\na.org=hunter2==\r\n[::1]:8448 = hunter3\n");
+        let path = lines.path().to_str().unwrap();
+        assert_eq!(tokens(&[("LIVEKIT_JWT_DELAYED_EVENT_TOKENS_FROM_FILE", path)]), expected);
+        for bad in ["hunter2", "a.org=", "=hunter2", "a b=hunter2", "a.org=hunter2 hunter2", "a.org=hunter2,"]
+        {
+            let text = refused(&[("LIVEKIT_JWT_DELAYED_EVENT_TOKENS", bad)]);
+            assert!(text.starts_with("LIVEKIT_JWT_DELAYED_EVENT_TOKENS: entry "), "{text}");
+        }
+        let both = refused(&[
+            ("LIVEKIT_JWT_DELAYED_EVENT_TOKENS", list),
+            ("LIVEKIT_JWT_DELAYED_EVENT_TOKENS_FROM_FILE", path),
+        ]);
+        assert!(both.contains("are both set"), "{both}");
+        let toml = format!("{FILE}\n[delayed_event_tokens]\n\"a.org\" = \"hunter2\"");
+        let sources = sources(&[], &toml).unwrap();
+        let loaded = Config::load(&sources).unwrap().settings.delayed_event_tokens;
+        assert_eq!(loaded["a.org"].expose(), "hunter2");
+        let printed = Config::print(&sources);
+        assert!(printed.contains("\"a.org\" = \"[redacted]\"") && !printed.contains("hunter2"), "{printed}");
+        let wrong = self::sources(&[], "[delayed_event_tokens]\nx = 2").unwrap_err().to_string();
+        assert!(wrong.starts_with("delayed_event_tokens in jwt.toml: it has the wrong type"), "{wrong}");
     }
 
     #[test]

@@ -37,6 +37,11 @@ pub struct Settings {
     pub secret: Secret,
     /// Whose users may make rooms exist. [`Settings::new`] says nobody's.
     pub full_access: FullAccess,
+    /// Whose users get tokens at all, beside those named in `full_access`; `None`: everybody's. Upper and lower
+    /// case are the same.
+    pub allowed_homeservers: Option<BTreeSet<String>>,
+    /// What users without full access may do in the calls that they enter.
+    pub restricted_users: RestrictedUsers,
     /// Whether homeservers' certificates are checked. The SFU's always is.
     pub insecure_skip_verify_tls: TlsPolicy,
     /// Server names that may be on private addresses, beside those named in `full_access` and
@@ -44,6 +49,9 @@ pub struct Settings {
     pub private_homeservers: BTreeSet<String>,
     /// Client-server API base URLs by server name in lower case, in place of discovery.
     pub cs_api_url_overrides: BTreeMap<String, Url>,
+    /// Access tokens for restarting and sending delayed events, by server name in lower case, for homeservers
+    /// that want one beside the delay id.
+    pub delayed_event_tokens: BTreeMap<String, Secret>,
     /// How long a client's token is valid: one hour.
     pub token_lifetime: Duration,
     /// Bounds on what one request, and all together, may use.
@@ -59,9 +67,12 @@ impl Settings {
             key: key.into(),
             secret: secret.into(),
             full_access: FullAccess::Only(BTreeSet::new()),
+            allowed_homeservers: None,
+            restricted_users: RestrictedUsers::default(),
             insecure_skip_verify_tls: TlsPolicy::Verify,
             private_homeservers: BTreeSet::new(),
             cs_api_url_overrides: BTreeMap::new(),
+            delayed_event_tokens: BTreeMap::new(),
             token_lifetime: Duration::from_hours(1),
             limits: Limits::default(),
         }
@@ -74,6 +85,14 @@ impl Settings {
     /// [`ConfigError`] for the first variable that is missing or wrong.
     pub fn from_env(variable: &impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
         Ok(Config::from_env(variable)?.settings)
+    }
+
+    /// Whether users of `server_name` get tokens at all.
+    pub fn admits(&self, server_name: &str) -> bool {
+        let Some(allowed) = &self.allowed_homeservers else { return true };
+        // Full access for all means: for all that are allowed.
+        (self.full_access != FullAccess::All && self.full_access.includes(server_name))
+            || allowed.iter().any(|name| name.eq_ignore_ascii_case(server_name))
     }
 }
 
@@ -107,6 +126,29 @@ impl fmt::Display for FullAccess {
             Self::All => f.write_str("*"),
             Self::Only(names) => f.write_str(&names.iter().map(String::as_str).collect::<Vec<_>>().join(",")),
             Self::Loopback => f.write_str("loopback"),
+        }
+    }
+}
+
+/// What users without full access may do in a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RestrictedUsers {
+    /// What everybody may, as with lk-jwt-service.
+    #[default]
+    Publish,
+    /// Watch and listen: no media, no data, no metadata of their own.
+    Listen,
+}
+
+impl FromStr for RestrictedUsers {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "publish" => Ok(Self::Publish),
+            "listen" => Ok(Self::Listen),
+            _ => Err(()),
         }
     }
 }
@@ -307,6 +349,11 @@ pub enum Warning {
         "LIVEKIT_FULL_ACCESS_HOMESERVERS names no server: nobody can start a call, only join a running one"
     )]
     NobodyHasFullAccess,
+    /// A star in a list.
+    #[error(
+        "LIVEKIT_JWT_ALLOWED_HOMESERVERS: * means everyone only when it stands alone; in a list it has no effect"
+    )]
+    WildcardInAllowed,
     /// A star in a list.
     #[error(
         "LIVEKIT_FULL_ACCESS_HOMESERVERS: * means everyone only when it stands alone; in a list it has no \

@@ -19,7 +19,10 @@ pub(super) fn print(sources: &Sources) -> String {
         // Writing to a String does not fail.
         let _ = match setting.kind {
             _ if value.is_empty() => writeln!(text, "# {key} is not set"),
-            Kind::Map => writeln!(tables, "\n[{key}]  # {place}\n{}", map(value)),
+            Kind::Map => writeln!(tables, "\n[{key}]  # {place}\n{}", map(value, without_password)),
+            Kind::Secrets => {
+                writeln!(tables, "\n[{key}]  # {place}\n{}", map(value, |_| REDACTED.to_owned()))
+            }
             _ => writeln!(text, "{key} = {}  # {place}", shown(setting, value)),
         };
     }
@@ -41,10 +44,10 @@ fn shown(setting: &Setting, value: &str) -> String {
     }
 }
 
-fn map(value: &str) -> String {
+fn map(value: &str, shown: fn(&str) -> String) -> String {
     let entry = |entry: &str| {
         let (name, url) = entry.split_once('=')?;
-        Some(format!("{} = {}", quoted(name.trim()), quoted(&without_password(url.trim()))))
+        Some(format!("{} = {}", quoted(name.trim()), quoted(&shown(url.trim()))))
     };
     value.split(',').filter_map(entry).collect::<Vec<_>>().join("\n")
 }

@@ -20,6 +20,8 @@ pub(super) enum Kind {
     List,
     /// Names to URLs.
     Map,
+    /// Names to secrets.
+    Secrets,
 }
 
 /// One setting: its names and what it is for.
@@ -96,6 +98,18 @@ pub const SETTINGS: &[Setting] = &[
         "whose users may start calls: server names, or * for all; others only join; required",
     ),
     setting(
+        ("LIVEKIT_JWT_ALLOWED_HOMESERVERS", "allowed_homeservers", "allowed-homeservers"),
+        Kind::List,
+        "*",
+        "whose users get tokens at all, beside those with full access: server names, or * for all",
+    ),
+    setting(
+        ("LIVEKIT_JWT_RESTRICTED_USERS", "restricted_users", "restricted-users"),
+        Kind::Text,
+        "publish",
+        "what users without full access may do: publish, or only listen",
+    ),
+    setting(
         ("LIVEKIT_JWT_BIND", "bind", "bind"),
         Kind::Text,
         ":8080",
@@ -160,6 +174,22 @@ pub const SETTINGS: &[Setting] = &[
         Kind::Map,
         "",
         "client-server API of homeservers, in place of discovery: server_name=url",
+    ),
+    setting(
+        ("LIVEKIT_JWT_DELAYED_EVENT_TOKENS", "delayed_event_tokens", ""),
+        Kind::Secrets,
+        "",
+        "access tokens for delayed events, where a homeserver wants one: server_name=token",
+    ),
+    setting(
+        (
+            "LIVEKIT_JWT_DELAYED_EVENT_TOKENS_FROM_FILE",
+            "delayed_event_tokens_from_file",
+            "delayed-event-tokens-from-file",
+        ),
+        Kind::Text,
+        "",
+        "path of a file with one server_name=token a line",
     ),
     setting(
         ("LIVEKIT_PRIVATE_HOMESERVERS", "private_homeservers", "private-homeservers"),
@@ -387,6 +417,12 @@ impl Found<'_> {
     }
 }
 
+fn pairs(table: Table) -> Option<String> {
+    let entries =
+        table.into_iter().map(|(name, value)| value.as_str().map(|value| format!("{name}={value}")));
+    entries.collect::<Option<Vec<_>>>().map(|entries| entries.join(","))
+}
+
 /// A TOML value as the environment variable would say it.
 fn text_of(kind: Kind, value: Value) -> Result<String, &'static str> {
     let strings = |values: Vec<Value>| {
@@ -405,13 +441,14 @@ fn text_of(kind: Kind, value: Value) -> Result<String, &'static str> {
             Ok(if items.is_empty() { ",".to_owned() } else { items.join(",") })
         }
         (Kind::List, _) => Err("an array of strings"),
-        (Kind::Map, Value::Table(table)) => table
-            .into_iter()
-            .map(|(name, url)| url.as_str().map(|url| format!("{name}={url}")))
-            .collect::<Option<Vec<_>>>()
-            .map(|entries| entries.join(","))
-            .ok_or("a table of strings, such as \"example.com\" = \"https://matrix.example.com\""),
+        (Kind::Map, Value::Table(table)) => {
+            pairs(table).ok_or("a table of strings, such as \"example.com\" = \"https://matrix.example.com\"")
+        }
         (Kind::Map, _) => Err("a table of strings, such as \"example.com\" = \"https://matrix.example.com\""),
+        (Kind::Secrets, Value::Table(table)) => {
+            pairs(table).ok_or("a table of strings, such as \"example.com\" = \"token\"")
+        }
+        (Kind::Secrets, _) => Err("a table of strings, such as \"example.com\" = \"token\""),
     }
 }
 

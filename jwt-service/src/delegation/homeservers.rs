@@ -94,7 +94,16 @@ impl Homeservers {
                 let outcome = outcome(&answer, SystemTime::now());
                 let (server, action, status) =
                     (params.server.as_str(), action.as_str(), answer.status.as_u16());
-                tracing::debug!(server, action, status, ?outcome, "delayed-event call");
+                if matches!(status, 401 | 403) {
+                    tracing::warn!(
+                        server,
+                        action,
+                        status,
+                        "the homeserver refuses; if it wants an access token, set LIVEKIT_JWT_DELAYED_EVENT_TOKENS"
+                    );
+                } else {
+                    tracing::debug!(server, action, status, ?outcome, "delayed-event call");
+                }
                 outcome
             }
             Err(error) => {
@@ -123,31 +132,42 @@ impl Homeservers {
     }
 
     async fn base(&self, server: &Arc<Server>, name: &ServerName) -> Result<Url, LookupError> {
+        let (outcome, found) = self.find(server, name).await;
+        self.verifier.count_client_discovery(outcome);
+        found
+    }
+
+    /// The base URL, and how it was found, for the metrics.
+    async fn find(
+        &self,
+        server: &Arc<Server>,
+        name: &ServerName,
+    ) -> (&'static str, Result<Url, LookupError>) {
         if let Some(url) = self.verifier.written_client_api(name) {
             server.probe_once(&self.verifier, name, url);
-            return Ok(url.clone());
+            return ("written", Ok(url.clone()));
         }
-        if let Some(url) = server.remembered(&self.verifier, name) {
-            return Ok(url);
+        if let Some((outcome, url)) = server.remembered(&self.verifier, name) {
+            return (outcome, Ok(url));
         }
         let asked = Instant::now();
         // One lookup at a time: the others wait for what it finds, or fails to find.
         let mut failed = server.lookup.lock().await;
-        if let Some(url) = server.remembered(&self.verifier, name) {
-            return Ok(url);
+        if let Some((outcome, url)) = server.remembered(&self.verifier, name) {
+            return (outcome, Ok(url));
         }
         if failed.is_some_and(|at| at >= asked) {
-            return Err(LookupError::NoClientApi);
+            return ("failed", Err(LookupError::NoClientApi));
         }
         match self.verifier.discover_client_api(name).await {
             Ok(url) => {
                 server.remember(url.clone());
                 server.probe_once(&self.verifier, name, &url);
-                Ok(url)
+                ("fetched", Ok(url))
             }
             Err(error) => {
                 *failed = Some(Instant::now());
-                Err(error)
+                ("failed", Err(error))
             }
         }
     }
@@ -207,7 +227,11 @@ impl Server {
     }
 
     /// The base URL as it was last found, however long ago; when it is old, a new one is looked for meanwhile.
-    fn remembered(self: &Arc<Self>, verifier: &Arc<Verifier>, name: &ServerName) -> Option<Url> {
+    fn remembered(
+        self: &Arc<Self>,
+        verifier: &Arc<Verifier>,
+        name: &ServerName,
+    ) -> Option<(&'static str, Url)> {
         let mut base = lock(&self.base);
         let base = base.as_mut()?;
         let now = Instant::now();
@@ -232,7 +256,8 @@ impl Server {
                 }
             });
         }
-        Some(base.url.clone())
+        let outcome = if base.found.elapsed() < LIFETIME { "hit" } else { "stale" };
+        Some((outcome, base.url.clone()))
     }
 
     /// Finds out in the background which paths it has. Nothing waits for that: the unstable ones always work.
@@ -244,9 +269,13 @@ impl Server {
         let (server, verifier, name) = (self.clone(), verifier.clone(), name.clone());
         tokio::spawn(async move {
             let answer = verifier.ask_client_api(&name, Method::GET, &url);
-            if let Ok(Ok(answer)) = tokio::time::timeout(PROBE_TIME, answer).await {
-                let stable = answer.status == StatusCode::OK && has_stable_paths(&answer.body);
-                server.stable.store(stable, Ordering::Relaxed);
+            match tokio::time::timeout(PROBE_TIME, answer).await {
+                Ok(Ok(answer)) => {
+                    let stable = answer.status == StatusCode::OK && has_stable_paths(&answer.body);
+                    server.stable.store(stable, Ordering::Relaxed);
+                }
+                // The next call asks again.
+                Ok(Err(_)) | Err(_) => server.probed.store(false, Ordering::Relaxed),
             }
         });
     }
@@ -273,7 +302,7 @@ fn below(base: &Url, segments: &[&str]) -> Option<Url> {
     Some(url)
 }
 
-/// Whether a `/versions` answer announces the stable paths of MSC4140.
+/// Whether a `/versions` answer announces the stable paths (MSC4140 §Unstable prefix).
 fn has_stable_paths(body: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Versions {

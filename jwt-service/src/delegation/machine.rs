@@ -36,6 +36,9 @@ const SECOND_LOOK_RESTORED: Duration = Duration::from_secs(5);
 /// The second look of a sanity check is not later than this after the first.
 const SECOND_LOOK_SANITY: Duration = Duration::from_secs(5);
 
+/// Looks for who has not come yet meet at multiples of this times a power of two, a quarter of the wait at most.
+const SHORTEST_ROUND: Duration = Duration::from_millis(125);
+
 /// What a job knows at its beginning.
 #[derive(Clone, Debug)]
 pub(crate) struct Start {
@@ -53,6 +56,9 @@ pub(crate) struct Start {
     pub(crate) superseded: Option<String>,
     /// For the jitter.
     pub(crate) seed: u64,
+    /// The same for all jobs of a room: their later looks are at times counted from it, so that many of them
+    /// meet and take one call.
+    pub(crate) rounds: Instant,
 }
 
 /// A call of which the result comes back.
@@ -117,8 +123,10 @@ pub(crate) enum Output {
     Send(CallId),
     /// Ask the SFU for the participant.
     Look(CallId),
-    /// The event was restarted by a call made at this time: write it down.
-    Restarted { sent_at: Instant },
+    /// The event was restarted by a call made at this time, this long after it was due: write it down.
+    Restarted { sent_at: Instant, late: Duration },
+    /// The event was sent, this long after the participant was known to be gone.
+    Sent { late: Duration },
     /// The job is over. Nothing comes after this.
     Ended(End),
 }
@@ -162,6 +170,7 @@ pub(crate) struct Job {
     /// When the homeserver sends the event by itself, as far as we know.
     deadline: Instant,
     look: Look,
+    rounds: Instant,
     calls: CallId,
     random: SplitMix,
     outputs: VecDeque<Output>,
@@ -171,7 +180,7 @@ pub(crate) struct Job {
 enum State {
     Waiting { until: Instant },
     Connected { sid: Option<String>, keeping: Keeping },
-    Leaving { until: Instant, call: Attempt },
+    Leaving { since: Instant, until: Instant, call: Attempt },
     Ended,
 }
 
@@ -189,6 +198,8 @@ enum Keeping {
 /// A call that is due or on its way, with its place in the retry schedule.
 #[derive(Debug)]
 struct Attempt {
+    /// When the first of its calls was due.
+    due: Instant,
     at: When,
     backoff: Duration,
 }
@@ -236,10 +247,16 @@ impl Job {
                 backoff: BACKOFF.0,
                 missed: None,
             },
+            rounds: start.rounds,
             calls: 0,
             random: SplitMix(start.seed),
             outputs: VecDeque::new(),
         }
+    }
+
+    /// The end of the connection `sid` is no news: it was there for the job that this one replaces.
+    pub(crate) fn supersede(&mut self, sid: String) {
+        self.superseded = Some(sid);
     }
 
     /// Takes note of what happened at `now`.
@@ -410,7 +427,7 @@ impl Job {
                 }
             }
             (State::Connected { .. }, Presence::Unknown) if self.look.purpose == Purpose::Sanity => {
-                self.look.at = self.sanity.map(|interval| When::Due(now + interval));
+                self.look.at = self.next_sanity(now);
             }
             (State::Waiting { .. } | State::Connected { .. }, Presence::Unknown) => self.look_later(now),
             (State::Leaving { .. } | State::Ended, _) => {}
@@ -439,9 +456,9 @@ impl Job {
                     Outcome::Done => {
                         // Counted from the sending: the homeserver's clock started then or later.
                         self.deadline = sent_at + self.timeout;
-                        attempt.backoff = BACKOFF.0;
-                        attempt.at = When::Due(sent_at + cadence(self.timeout));
-                        self.outputs.push_back(Output::Restarted { sent_at });
+                        let late = now.saturating_duration_since(attempt.due);
+                        *attempt = Attempt::due(sent_at + cadence(self.timeout));
+                        self.outputs.push_back(Output::Restarted { sent_at, late });
                     }
                     Outcome::Gone | Outcome::Settled | Outcome::Refused => self.end(End::Lost),
                     Outcome::Later(hint) => {
@@ -457,12 +474,16 @@ impl Job {
                     }
                 }
             }
-            State::Leaving { until, call: attempt } => {
+            State::Leaving { since, until, call: attempt } => {
                 if !matches!(attempt.at, When::Flying { call: flying, .. } if flying == call) {
                     return;
                 }
                 match outcome {
-                    Outcome::Done | Outcome::Gone | Outcome::Settled => self.end(End::Sent),
+                    Outcome::Done | Outcome::Gone | Outcome::Settled => {
+                        let late = now.saturating_duration_since(*since);
+                        self.outputs.push_back(Output::Sent { late });
+                        self.end(End::Sent);
+                    }
                     Outcome::Refused | Outcome::Later(_) => {
                         let hint = if let Outcome::Later(hint) = outcome { hint } else { None };
                         let until = *until;
@@ -482,16 +503,14 @@ impl Job {
         // Nobody knows how old the delayed event is: the first restart puts our clock and the homeserver's
         // together, so the time to succeed in is counted from here.
         self.deadline = now + self.timeout;
-        let first = Attempt { at: When::Due(now), backoff: BACKOFF.0 };
-        self.state = State::Connected { sid, keeping: Keeping::Restarting(first) };
+        self.state = State::Connected { sid, keeping: Keeping::Restarting(Attempt::due(now)) };
         self.superseded = None;
         self.back_to_sanity(now);
     }
 
     fn leave(&mut self, now: Instant) {
         let window = self.deadline.saturating_duration_since(now).clamp(SEND_WINDOW.0, SEND_WINDOW.1);
-        let first = Attempt { at: When::Due(now), backoff: BACKOFF.0 };
-        self.state = State::Leaving { until: now + window, call: first };
+        self.state = State::Leaving { since: now, until: now + window, call: Attempt::due(now) };
         self.look.at = None;
     }
 
@@ -503,12 +522,8 @@ impl Job {
 
     /// It is there: look again at the next sanity check, if there are any.
     fn back_to_sanity(&mut self, now: Instant) {
-        self.look = Look {
-            purpose: Purpose::Sanity,
-            at: self.sanity.map(|interval| When::Due(now + interval)),
-            backoff: BACKOFF.0,
-            missed: None,
-        };
+        self.look =
+            Look { purpose: Purpose::Sanity, at: self.next_sanity(now), backoff: BACKOFF.0, missed: None };
     }
 
     fn look_again(&mut self, now: Instant, purpose: Purpose) {
@@ -519,11 +534,32 @@ impl Job {
     fn look_later(&mut self, now: Instant) {
         let wait = self.random.around(self.look.backoff);
         self.look.backoff = longer(self.look.backoff);
-        self.look.at = Some(When::Due(now + wait));
+        // A power of two times the shortest, so that all rounds of long steps are rounds of short ones too.
+        let steps = (wait / 4).as_millis() / SHORTEST_ROUND.as_millis();
+        let step = steps.checked_ilog2().map(|power| SHORTEST_ROUND.saturating_mul(1 << power.min(20)));
+        let due = step.map_or(now + wait, |step| self.round(now + wait, step));
+        self.look.at = Some(When::Due(due));
+    }
+
+    /// When to check next that it is still there: at the same time as all others of the room.
+    fn next_sanity(&self, now: Instant) -> Option<When> {
+        self.sanity.map(|interval| When::Due(self.round(now + interval / 2, interval)))
+    }
+
+    /// The room's first round from `due` on, if there is one every `step`.
+    fn round(&self, due: Instant, step: Duration) -> Instant {
+        let since = due.saturating_duration_since(self.rounds).as_nanos();
+        let over = since.checked_rem(step.as_nanos()).unwrap_or(0);
+        let rest = if over == 0 { 0 } else { step.as_nanos() - over };
+        due + Duration::from_nanos(u64::try_from(rest).unwrap_or(0))
     }
 }
 
 impl Attempt {
+    fn due(due: Instant) -> Self {
+        Self { due, at: When::Due(due), backoff: BACKOFF.0 }
+    }
+
     /// When to try again, after an attempt that failed at `now`.
     fn next(
         &mut self,

@@ -3,6 +3,7 @@
 
 mod homeservers;
 mod machine;
+mod notice;
 mod registry;
 mod shell;
 
@@ -13,7 +14,10 @@ use std::{
 
 use zeroize::Zeroizing;
 
-pub use self::{machine::Leave, registry::Stats};
+pub use self::{
+    machine::Leave,
+    registry::{Lateness, Stats},
+};
 pub(crate) use self::{
     machine::Input,
     registry::AddError,

@@ -4,10 +4,13 @@
 //! What must hold: a job is written to the store before its request is answered; it is removed from the store
 //! after its *send* is over; the store sees the writes for one participant one after the other, and a write
 //! that failed again and again until it succeeds or a newer one takes its place; a job acts only while this
-//! replica has its lease.
+//! replica has its lease. A client's newest delegation counts, at whichever replica it was made: the others give
+//! theirs up when they hear of it ([`Notice`]) or find it in the store ([`Registry::swept`]), and free the lease
+//! only once their last write is over.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -15,6 +18,7 @@ use std::{
 use super::{
     JobKey, JobParams, StoredJob,
     machine::{CallId, End, Input, Job, Outcome, Output, Phase, Presence, Start},
+    notice::{News, Notice},
 };
 
 /// How long a lease lasts, and how often it is renewed.
@@ -45,6 +49,8 @@ pub(crate) struct Rules {
     pub(crate) jobs_per_user: usize,
     pub(crate) sanity: Option<Duration>,
     pub(crate) seed: u64,
+    /// Whether other replicas may share the store.
+    pub(crate) shared: bool,
 }
 
 /// A request that waits for its job to be written.
@@ -88,8 +94,14 @@ pub(crate) enum Effect {
         serial: Serial,
         key: JobKey,
     },
+    /// Give the lease up, and then say so if somebody waits for it.
     Release {
         key: JobKey,
+        notice: Option<Notice>,
+    },
+    /// Say it to the other replicas.
+    Tell {
+        notice: Notice,
     },
     /// The job of this request is written, or the store is out of order and it is kept in memory.
     Reply {
@@ -147,6 +159,32 @@ pub struct Stats {
     pub aborted: u64,
     /// Writes that the store failed to do.
     pub store_errors: u64,
+    /// How long after they were due restarts succeeded.
+    pub restart_lateness: Lateness,
+    /// How long after the participant was known to be gone delayed events were sent.
+    pub send_lateness: Lateness,
+}
+
+/// How often something was how late.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lateness {
+    /// How often it was not later than each of [`Self::BOUNDS`] and later than the one before; at the end, later
+    /// than all.
+    pub counts: [u64; Self::BOUNDS.len() + 1],
+    /// All of it together.
+    pub sum: Duration,
+}
+
+impl Lateness {
+    /// In seconds.
+    pub const BOUNDS: [f64; 11] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
+
+    fn count(&mut self, late: Duration) {
+        let bucket = Self::BOUNDS.iter().position(|bound| late.as_secs_f64() <= *bound);
+        self.counts[bucket.unwrap_or(Self::BOUNDS.len())] += 1;
+        self.sum = self.sum.saturating_add(late);
+    }
 }
 
 /// All jobs of this replica.
@@ -162,6 +200,8 @@ pub(crate) struct Registry {
     serials: Serial,
     writes: WriteId,
     closed: bool,
+    /// From when on the rounds of looks are counted.
+    began: Option<Instant>,
     effects: VecDeque<Effect>,
     stats: Stats,
 }
@@ -174,6 +214,10 @@ struct Entry {
     holding: Holding,
     inbox: Vec<Input>,
     restarted_at: SystemTime,
+    /// When a client delegated it here; a job from the store is older than any of these.
+    made: SystemTime,
+    /// Whether another replica had the lease, and may have written to the store since.
+    displaced: bool,
     connected: bool,
     /// When the store last took it; a job from the store has been taken before.
     written: Option<Instant>,
@@ -198,6 +242,8 @@ struct Writer {
     tickets: Vec<Ticket>,
     failures: u32,
     retry: Option<Instant>,
+    /// The job is another replica's now: what to say once the last write is over.
+    given_up: Option<Notice>,
 }
 
 #[derive(Clone, Debug)]
@@ -219,6 +265,7 @@ impl Registry {
             serials: 0,
             writes: 0,
             closed: false,
+            began: None,
             effects: VecDeque::new(),
             stats: Stats::default(),
         }
@@ -263,6 +310,7 @@ impl Registry {
             sanity: self.rules.sanity,
             superseded,
             seed: 0,
+            rounds: self.rounds(now, &params.key),
         };
         self.insert(now, params, start, Some(user), now.wall, false);
         self.write(now, &key, Some(ticket));
@@ -293,6 +341,7 @@ impl Registry {
             sanity: self.rules.sanity,
             superseded: None,
             seed: 0,
+            rounds: self.rounds(now, &params.key),
         };
         self.insert(now, params, start, None, restarted_at, connected == Some(true));
     }
@@ -318,9 +367,7 @@ impl Registry {
                 missing.remove(&serial);
             } else if matches!(entry.holding, Holding::Held { .. }) && self.settled(serial, since) {
                 missing.remove(&serial);
-                let key = job.params.key;
-                self.forget(serial);
-                self.effects.push_back(Effect::Release { key });
+                self.give_up(serial);
             }
         }
         for serial in missing {
@@ -336,8 +383,43 @@ impl Registry {
 
     /// What the SFU says about a participant.
     pub(crate) fn event(&mut self, now: Now, key: &JobKey, input: Input) {
+        let held = self.by_key.get(key).and_then(|serial| self.jobs.get(serial));
+        let held = held.is_some_and(|entry| matches!(entry.holding, Holding::Held { .. }));
+        if self.rules.shared
+            && !held
+            && let Some(news) = News::of(&input)
+        {
+            self.effects.push_back(Effect::Tell { notice: Notice { key: key.clone(), news } });
+        }
         if let Some(serial) = self.by_key.get(key).copied() {
             self.input(now, serial, input);
+        }
+    }
+
+    /// What another replica tells.
+    pub(crate) fn heard(&mut self, now: Now, notice: Notice) {
+        let Notice { key, news } = notice;
+        let Some(serial) = self.by_key.get(&key).copied() else { return };
+        match news {
+            News::Joined { sid } => self.input(now, serial, Input::Joined { sid }),
+            News::Left { sid, why } => self.input(now, serial, Input::Left { sid, why }),
+            News::Replaced { made } => {
+                if self.jobs.get(&serial).is_some_and(|entry| entry.made < made) {
+                    self.give_up(serial);
+                }
+            }
+            News::Released { sid } => {
+                if let Some(entry) = self.jobs.get_mut(&serial)
+                    && matches!(entry.holding, Holding::Elsewhere { .. })
+                {
+                    if let Some(sid) = sid {
+                        entry.job.supersede(sid);
+                    }
+                    entry.holding = Holding::Asking;
+                    self.effects.push_back(Effect::Lease { serial, key });
+                    self.schedule(serial);
+                }
+            }
         }
     }
 
@@ -370,12 +452,21 @@ impl Registry {
                     entry.job.handle(now.instant, input);
                 }
                 entry.job.handle_timeout(now.instant);
+                if std::mem::take(&mut entry.displaced) {
+                    // Over whatever the other replica wrote for its job in the meantime.
+                    let key = entry.params.key.clone();
+                    self.write(now, &key, None);
+                }
                 self.drain(now, serial);
             }
             // Another replica has it, and the store with it. Nothing more is written from here.
             Lease::Refused if renewal || entry.from_store => self.forget(serial),
             Lease::Refused => {
                 entry.holding = Holding::Elsewhere { ask: now.instant + LEASE_RENEWAL };
+                entry.displaced = true;
+                let notice =
+                    Notice { key: entry.params.key.clone(), news: News::Replaced { made: entry.made } };
+                self.effects.push_back(Effect::Tell { notice });
                 self.schedule(serial);
             }
         }
@@ -388,7 +479,10 @@ impl Registry {
             return;
         };
         self.effects.extend(tickets.into_iter().map(|ticket| Effect::Reply { ticket }));
-        if succeeded {
+        if let Some(notice) = writer.given_up.take() {
+            // Whether it succeeded is not ours to care for any more.
+            self.effects.push_back(Effect::Release { key: key.clone(), notice: Some(notice) });
+        } else if succeeded {
             writer.failures = 0;
             match &op {
                 Op::Put(_) => {
@@ -398,7 +492,7 @@ impl Registry {
                     }
                 }
                 Op::Remove if !self.by_key.contains_key(key) => {
-                    self.effects.push_back(Effect::Release { key: key.clone() });
+                    self.effects.push_back(Effect::Release { key: key.clone(), notice: None });
                 }
                 Op::Remove => {}
             }
@@ -534,6 +628,8 @@ impl Registry {
             holding: Holding::Asking,
             inbox: Vec::new(),
             restarted_at,
+            made: if from_store { SystemTime::UNIX_EPOCH } else { now.wall },
+            displaced: false,
             connected,
             written: from_store.then_some(now.instant),
             from_store,
@@ -565,7 +661,9 @@ impl Registry {
                 Output::Restart(call) => self.effects.push_back(Effect::Restart { serial, call, params }),
                 Output::Send(call) => self.effects.push_back(Effect::Send { serial, call, params }),
                 Output::Look(call) => self.effects.push_back(Effect::Look { serial, call, params }),
-                Output::Restarted { sent_at } => {
+                Output::Sent { late } => self.stats.send_lateness.count(late),
+                Output::Restarted { sent_at, late } => {
+                    self.stats.restart_lateness.count(late);
                     self.stats.restarts += 1;
                     entry.restarted_at = now.wall - now.instant.saturating_duration_since(sent_at);
                     entry.connected = true;
@@ -605,6 +703,16 @@ impl Registry {
         }
     }
 
+    /// From when on the looks into the room of `key` are counted: for each room from another moment, lest all
+    /// rooms be asked for at once.
+    fn rounds(&mut self, now: Now, key: &JobKey) -> Instant {
+        let began = *self.began.get_or_insert(now.instant);
+        let mut hasher = DefaultHasher::new();
+        key.room.hash(&mut hasher);
+        let earlier = Duration::from_millis(hasher.finish() % 60_000);
+        began.checked_sub(earlier).unwrap_or(began)
+    }
+
     /// Drops a job, and what is on its way for it.
     fn forget(&mut self, serial: Serial) {
         let Some(entry) = self.jobs.remove(&serial) else { return };
@@ -623,6 +731,33 @@ impl Registry {
         self.effects.push_back(Effect::Cancel { serial });
     }
 
+    /// Leaves a job to the replica at which its client has delegated a newer one. The lease is free once nothing
+    /// is being written here any more, so that an old write cannot come after the other replica's first.
+    fn give_up(&mut self, serial: Serial) {
+        let Some(entry) = self.jobs.get(&serial) else { return };
+        let key = entry.params.key.clone();
+        let leased = !matches!(entry.holding, Holding::Elsewhere { .. });
+        let sid = entry.job.sid().map(str::to_owned);
+        self.forget(serial);
+        let notice = Notice { key: key.clone(), news: News::Released { sid } };
+        let mut writing = false;
+        if let Some(writer) = self.writers.get_mut(&key) {
+            writer.pending = None;
+            self.effects.extend(writer.tickets.drain(..).map(|ticket| Effect::Reply { ticket }));
+            if let Some(at) = writer.retry.take() {
+                self.retries.remove(&(at, key.clone()));
+            }
+            writing = writer.running.is_some();
+            writer.given_up = (writing && leased).then(|| notice.clone());
+        }
+        if !writing {
+            self.writers.remove(&key);
+            if leased {
+                self.effects.push_back(Effect::Release { key, notice: Some(notice) });
+            }
+        }
+    }
+
     /// Writes the job of `key` as it is now.
     fn write(&mut self, now: Now, key: &JobKey, ticket: Option<Ticket>) {
         let Some(entry) = self.by_key.get(key).and_then(|serial| self.jobs.get(serial)) else { return };
@@ -636,6 +771,8 @@ impl Registry {
 
     fn queue(&mut self, _: Now, key: JobKey, op: Op, ticket: Option<Ticket>) {
         let writer = self.writers.entry(key.clone()).or_default();
+        // A new job of the same participant keeps the lease.
+        writer.given_up = None;
         writer.pending = Some(op);
         writer.tickets.extend(ticket);
         // A request does not wait for the next attempt at a store that is out of order.

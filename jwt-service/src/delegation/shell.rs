@@ -13,7 +13,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, Semaphore, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     task::AbortHandle,
     time::Instant,
 };
@@ -23,10 +23,11 @@ use super::{
     DelegationConfig, JobKey, JobParams, Stats,
     homeservers::{Action, Homeservers},
     machine::{CallId, Input, Outcome, Presence},
+    notice::Notice,
     registry::{AddError, Effect, LEASE_TTL, Lease, Now, Registry, Rules, Serial, Ticket},
 };
 use crate::{
-    ServerName, Sfu,
+    ParticipantIdentity, RoomAlias, ServerName, Sfu,
     http::causes,
     openid::{LookupError, Verifier},
     store::{Store, StoreError},
@@ -38,9 +39,17 @@ const STORE_TIME: Duration = Duration::from_secs(5);
 const LOAD_TIME: Duration = Duration::from_secs(30);
 /// Time for one look at the SFU, waiting for a place included.
 const LOOK_TIME: Duration = Duration::from_secs(10);
+/// How long a look waits for others into the same room. Their times are chosen to meet: see the machine.
+const ROUND: Duration = Duration::from_millis(20);
 /// Calls to the SFU, and to the store, at a time.
 const LOOKS: usize = 64;
 const STORE_CALLS: usize = 64;
+/// Notices that wait to be told, and how long one is worth telling.
+const TOLD: usize = 1024;
+const TOLD_TIME: Duration = Duration::from_secs(10);
+/// Between two attempts to listen: where that failed, and where the store does not offer it.
+const LISTEN_PAUSE: Duration = Duration::from_secs(5);
+const LISTEN_PAUSE_REFUSED: Duration = Duration::from_mins(5);
 /// Time to give all leases up at the end.
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
@@ -64,8 +73,16 @@ struct Shared {
     store: Arc<dyn Store>,
     replica: String,
     looks: Semaphore,
+    /// Who is looked for next, by room.
+    rounds: Mutex<HashMap<RoomAlias, Vec<Looker>>>,
     store_calls: Semaphore,
+    /// Which process says what the others hear: unlike `replica`, never the same twice.
+    process: u64,
+    tell: mpsc::Sender<(Instant, Notice)>,
 }
+
+/// A participant that is looked for, and who wants to know.
+type Looker = (ParticipantIdentity, oneshot::Sender<Presence>);
 
 impl Delegation {
     /// Starts with no jobs. Must be called within a tokio runtime.
@@ -82,9 +99,11 @@ impl Delegation {
             jobs_per_user: config.jobs_per_user,
             sanity: config.sanity_interval,
             seed: rand::random(),
+            // Only Redis can be another process's store too.
+            shared: store.kind() == "redis",
         };
-        // Only Redis can be another process's store too.
-        let several = store.kind() == "redis";
+        let shared_store = rules.shared;
+        let (tell, told) = mpsc::channel(TOLD);
         let shared = Arc::new(Shared {
             registry: Mutex::new(Registry::new(rules)),
             calls: Mutex::default(),
@@ -97,11 +116,16 @@ impl Delegation {
             store,
             replica: config.replica,
             looks: Semaphore::new(LOOKS),
+            rounds: Mutex::default(),
             store_calls: Semaphore::new(STORE_CALLS),
+            process: rand::random(),
+            tell,
         });
         let mut tasks = vec![tokio::spawn(shared.clone().keep_time()).abort_handle()];
-        if several {
+        if shared_store {
             tasks.push(tokio::spawn(shared.clone().sweep()).abort_handle());
+            tasks.push(tokio::spawn(shared.clone().tell(told)).abort_handle());
+            tasks.push(tokio::spawn(shared.clone().listen()).abort_handle());
         }
         Self { shared, tasks }
     }
@@ -221,7 +245,7 @@ impl Shared {
             Effect::Restart { serial, call, params } => self.act(serial, call, params, Action::Restart),
             Effect::Send { serial, call, params } => self.act(serial, call, params, Action::Send),
             Effect::Look { serial, call, params } => self.spawn(serial, call, async move {
-                let presence = shared.look(&params.key).await;
+                let presence = shared.clone().look(&params.key).await;
                 shared.with(|registry, now| registry.looked(now, serial, call, presence));
             }),
             Effect::Cancel { serial } => {
@@ -252,9 +276,13 @@ impl Shared {
                     shared.with(|registry, now| registry.leased(now, serial, lease));
                 });
             }
-            Effect::Release { key } => {
-                tokio::spawn(async move { shared.release(&key).await });
+            Effect::Release { key, notice } => {
+                tokio::spawn(async move {
+                    shared.release(&key).await;
+                    notice.into_iter().for_each(|notice| shared.say(notice));
+                });
             }
+            Effect::Tell { notice } => self.say(notice),
             Effect::Reply { ticket } => {
                 if let Some(waiting) = lock(&self.replies).remove(&ticket) {
                     // The client may have gone; the job is taken all the same.
@@ -295,19 +323,53 @@ impl Shared {
         calls.entry(serial).or_default().push((call, task.abort_handle()));
     }
 
-    async fn look(&self, key: &JobKey) -> Presence {
+    /// Looks for a participant together with all others of its room that are looked for now.
+    async fn look(self: Arc<Self>, key: &JobKey) -> Presence {
+        let (answer, asked) = oneshot::channel();
+        let first = {
+            let mut rounds = lock(&self.rounds);
+            let round = rounds.entry(key.room.clone()).or_default();
+            round.push((key.identity.clone(), answer));
+            round.len() == 1
+        };
+        if first {
+            tokio::spawn(self.round(key.room.clone()));
+        }
+        asked.await.unwrap_or(Presence::Unknown)
+    }
+
+    /// One call of the SFU for all who look into `room`. Whoever comes later is for the next: an answer that set
+    /// out before the question would be about an earlier time.
+    async fn round(self: Arc<Self>, room: RoomAlias) {
+        tokio::time::sleep(ROUND).await;
+        let round = lock(&self.rounds).remove(&room).unwrap_or_default();
+        // Jobs that are over do not wait for an answer.
+        let round: Vec<_> = round.into_iter().filter(|(_, answer)| !answer.is_closed()).collect();
+        if round.is_empty() {
+            return;
+        }
+        let identities: Vec<&str> = round.iter().map(|(identity, _)| identity.as_str()).collect();
         let asked = async {
             let _place = self.looks.acquire().await;
-            self.sfu.participant(key.room.as_str(), key.identity.as_str()).await
+            self.sfu.participants(room.as_str(), &identities).await
         };
-        match tokio::time::timeout(LOOK_TIME, asked).await {
-            Ok(Ok(Some(found))) => Presence::Present { sid: Some(found.sid).filter(|sid| !sid.is_empty()) },
-            Ok(Ok(None)) => Presence::Absent,
+        let found = match tokio::time::timeout(LOOK_TIME, asked).await {
+            Ok(Ok(found)) => found.into_iter().map(Some).collect(),
             Ok(Err(error)) => {
-                tracing::debug!(room = %key.room, cause = causes(&error), "the SFU does not say who is there");
-                Presence::Unknown
+                tracing::debug!(%room, cause = causes(&error), "the SFU does not say who is there");
+                Vec::new()
             }
-            Err(_) => Presence::Unknown,
+            Err(_) => Vec::new(),
+        };
+        let nobody_knows = std::iter::repeat(None);
+        for ((_, answer), found) in round.into_iter().zip(found.into_iter().chain(nobody_knows)) {
+            let presence = match found {
+                Some(Some(found)) => Presence::Present { sid: Some(found.sid).filter(|sid| !sid.is_empty()) },
+                Some(None) => Presence::Absent,
+                None => Presence::Unknown,
+            };
+            // The job may be over meanwhile.
+            let _ = answer.send(presence);
         }
     }
 
@@ -332,6 +394,47 @@ impl Shared {
 
     async fn release(&self, key: &JobKey) {
         let _ = self.stored(self.store.release(key, &self.replica)).await;
+    }
+
+    /// Has `notice` told to the other replicas.
+    fn say(&self, notice: Notice) {
+        // Full while Redis is down: then nobody would hear it either.
+        let _ = self.tell.try_send((Instant::now(), notice));
+    }
+
+    /// Tells one notice after the other: that somebody has left must not come before that they have joined.
+    async fn tell(self: Arc<Self>, mut told: mpsc::Receiver<(Instant, Notice)>) {
+        while let Some((at, notice)) = told.recv().await {
+            // What has waited for a store that was down is no news any more.
+            if at.elapsed() < TOLD_TIME {
+                let message = notice.encode(self.process);
+                let _ = self.stored(self.store.tell(&message)).await;
+            }
+        }
+    }
+
+    /// Listens to the other replicas.
+    async fn listen(self: Arc<Self>) {
+        loop {
+            let began = Instant::now();
+            let shared = self.clone();
+            let heard = move |message: &[u8]| {
+                if let Some(notice) = Notice::decode(message, shared.process) {
+                    shared.with(|registry, now| registry.heard(now, notice));
+                }
+            };
+            let pause = match self.store.listen(&heard).await {
+                Ok(()) => {
+                    tracing::debug!("the shared store passes nothing on between replicas");
+                    LISTEN_PAUSE_REFUSED
+                }
+                Err(error) => {
+                    tracing::warn!(cause = causes(&error), "other replicas cannot be heard");
+                    LISTEN_PAUSE
+                }
+            };
+            tokio::time::sleep_until(began + pause).await;
+        }
     }
 
     async fn load(&self) -> Result<Vec<super::StoredJob>, StoreError> {

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     Inner,
+    config::RestrictedUsers,
     delegation::{AddError, DelayId, Delegation, JobKey, JobParams},
     identity::{ParticipantIdentity, RoomAlias},
     openid::{LookupError, ServerName, VerifiedUser},
@@ -50,6 +51,10 @@ impl Inner {
     /// Whom the homeserver says the token belongs to.
     pub(super) async fn verify(&self, token: &OpenIdToken) -> Result<VerifiedUser, Refusal> {
         let server_name = token.matrix_server_name.as_str();
+        if !self.settings.admits(server_name) {
+            tracing::info!(?server_name, "users of this homeserver are not admitted");
+            return Err(Refusal::ServerNotAllowed);
+        }
         let mut lookup = self.limiter.lookup(server_name)?;
         let began = Instant::now();
         // Waiting for a turn counts: the client must have its answer in time.
@@ -90,12 +95,16 @@ impl Inner {
             Some((delegation, job_params(body, key)?))
         };
         let settings = &self.settings;
-        let jwt = self.signer.join(&identity, &alias, SystemTime::now(), settings.token_lifetime).map_err(
-            |error| {
-                tracing::error!(cause = causes(&error), "no token could be signed");
-                Refusal::Internal
-            },
-        )?;
+        let (now, lifetime) = (SystemTime::now(), settings.token_lifetime);
+        let jwt = if full_access || settings.restricted_users == RestrictedUsers::Publish {
+            self.signer.join(&identity, &alias, now, lifetime)
+        } else {
+            self.signer.listen(&identity, &alias, now, lifetime)
+        };
+        let jwt = jwt.map_err(|error| {
+            tracing::error!(cause = causes(&error), "no token could be signed");
+            Refusal::Internal
+        })?;
         if let Some((delegation, params)) = &delegated {
             // Before the room is made: a request that fails for this leaves nothing behind.
             find_client_api(delegation, &params.server).await?;

@@ -31,6 +31,7 @@ pub(crate) enum Refusal {
     TooBusy,
     Limited(Limited),
     Unauthorized,
+    ServerNotAllowed,
     Unrecognized,
     Internal,
 }
@@ -99,6 +100,9 @@ impl Refusal {
                 "M_UNAUTHORIZED",
                 "The homeserver did not confirm the OpenID token for this user",
             ),
+            Self::ServerNotAllowed => {
+                (StatusCode::FORBIDDEN, "M_FORBIDDEN", "This service is not for users of this homeserver")
+            }
             Self::Unrecognized => {
                 (StatusCode::NOT_FOUND, "M_UNRECOGNIZED", "Delegated leave is not offered by this service")
             }
@@ -143,6 +147,7 @@ impl Refusal {
             Self::TooBusy => "too_busy",
             Self::Limited(_) => "limited",
             Self::Unauthorized => "unauthorized",
+            Self::ServerNotAllowed => "server_not_allowed",
             Self::Unrecognized => "unrecognized",
             Self::Internal => "internal",
         }

@@ -5,12 +5,14 @@ use axum::body::Body;
 use bytes::Bytes;
 use hyper::{
     Method, Request, StatusCode, Uri,
-    header::{ACCEPT, CONTENT_TYPE, HOST, RETRY_AFTER, USER_AGENT},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, USER_AGENT},
 };
 use serde::Deserialize;
 use url::Url;
+use zeroize::Zeroizing;
 
 use super::{AGENT, LookupError, ServerName, Verifier, addresses::Egress, body, classify};
+use crate::secret::Secret;
 
 /// The largest document and the largest answer we read.
 const MAX_DOCUMENT: usize = 64 * 1024;
@@ -30,6 +32,11 @@ impl Verifier {
         self.overrides.get(&name.as_str().to_ascii_lowercase())
     }
 
+    /// Counts a use of the cache of base URLs.
+    pub(crate) fn count_client_discovery(&self, outcome: &'static str) {
+        self.metrics.client_discovery(outcome);
+    }
+
     /// The base URL of `name`'s client-server API as its `.well-known` says.
     pub(crate) async fn discover_client_api(&self, name: &ServerName) -> Result<Url, LookupError> {
         let lane = self.rules.lane(name);
@@ -46,7 +53,15 @@ impl Verifier {
         }
     }
 
-    /// One request to `url`, which is on `name`'s client-server API. Redirects are not followed.
+    /// The access token that `name` wants for a request to `url`. Over plain HTTP everyone on the way could
+    /// read it: only an operator who has written that URL sends it so.
+    fn token(&self, name: &ServerName, url: &Url) -> Option<&Secret> {
+        let protected = url.scheme() == "https" || self.written_client_api(name).is_some();
+        self.tokens.get(&name.as_str().to_ascii_lowercase()).filter(|_| protected)
+    }
+
+    /// One request to `url`, which is on `name`'s client-server API: a POST, which is about a delayed event,
+    /// with the access token that the operator has given for that. Redirects are not followed.
     pub(crate) async fn ask_client_api(
         &self,
         name: &ServerName,
@@ -65,6 +80,12 @@ impl Verifier {
             .header(ACCEPT, "application/json");
         if method == Method::POST {
             request = request.header(CONTENT_TYPE, "application/json");
+            if let Some(token) = self.token(name, url) {
+                let bearer = Zeroizing::new(format!("Bearer {}", token.expose()));
+                let mut value = HeaderValue::from_str(&bearer).map_err(|_| LookupError::Ours)?;
+                value.set_sensitive(true);
+                request = request.header(AUTHORIZATION, value);
+            }
         }
         let request = request.body(content).map_err(|_| LookupError::Ours)?;
         let answer = clients.web.request(request).await.map_err(classify)?;

@@ -63,6 +63,7 @@ pub(crate) struct Verifier {
     rules: Rules,
     lanes: HashMap<Lane, Clients>,
     overrides: BTreeMap<String, Url>,
+    tokens: BTreeMap<String, Secret>,
     delegations: Mutex<DelegationCache>,
     budget: Duration,
     metrics: Metrics,
@@ -79,8 +80,10 @@ impl Verifier {
         let lanes = rules.lanes().into_iter().map(|lane| (lane, Clients::new(&connections, lane))).collect();
         let overrides = settings.cs_api_url_overrides.iter();
         let overrides = overrides.map(|(name, url)| (name.to_ascii_lowercase(), url.clone())).collect();
+        let tokens = settings.delayed_event_tokens.iter();
+        let tokens = tokens.map(|(name, token)| (name.to_ascii_lowercase(), token.clone())).collect();
         let budget = settings.limits.lookup;
-        Ok(Self { rules, lanes, overrides, delegations: Mutex::default(), budget, metrics })
+        Ok(Self { rules, lanes, overrides, tokens, delegations: Mutex::default(), budget, metrics })
     }
 
     /// The user to whom `server_name` has issued `token`.

@@ -46,6 +46,9 @@ pub async fn open(config: &StoreConfig) -> Result<Arc<dyn Store>, StoreError> {
     })
 }
 
+/// What takes the messages of [`Store::listen`].
+pub type Heard = dyn Fn(&[u8]) + Send + Sync;
+
 /// A place for jobs. Calls for one key come in order, never two at once; a failed call is repeated by the caller.
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug {
@@ -64,6 +67,20 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Gives a lease up, if `replica` holds it.
     async fn release(&self, key: &JobKey, replica: &str) -> Result<(), StoreError>;
+
+    /// Says something to the other processes that share this store. Nothing is kept: whoever does not listen now
+    /// misses it. Stores of a single process have nobody to talk to.
+    async fn tell(&self, message: &[u8]) -> Result<(), StoreError> {
+        let _ = message;
+        Ok(())
+    }
+
+    /// Hands every message of processes that share this store to `heard`, this one's included, until that breaks
+    /// off. `Ok` means that this store cannot do it; those of a single process just never hear anything.
+    async fn listen(&self, heard: &Heard) -> Result<(), StoreError> {
+        let _ = heard;
+        std::future::pending().await
+    }
 
     /// Whether the store answers right now.
     async fn check(&self) -> Result<(), StoreError>;

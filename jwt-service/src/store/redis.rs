@@ -2,7 +2,8 @@
 //!
 //! Jobs need `PING`, `HSET`, `HDEL` and `HGETALL` of a server that speaks RESP2, and nothing else. Leases need
 //! `EVAL`; where a server refuses it (an old one, a proxy, an access list), they are granted to everybody and
-//! the log says so: such a server carries one replica.
+//! the log says so: such a server carries one replica. What replicas tell each other needs `PUBLISH` and
+//! `SUBSCRIBE`; without these nothing is told, which with one replica nobody misses.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,6 +18,7 @@ use std::{
 
 use async_trait::async_trait;
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
+use futures_util::StreamExt as _;
 use percent_encoding::percent_decode_str;
 use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue,
@@ -26,7 +28,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::timeout;
 use url::{Url, form_urlencoded};
 
-use super::{Store, StoreError, wire};
+use super::{Heard, Store, StoreError, wire};
 use crate::delegation::{JobKey, StoredJob};
 
 const KIND: &str = "redis";
@@ -37,6 +39,9 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// For one call of the store, with whatever it has to wait for.
 const CALL_TIMEOUT: Duration = DIAL_TIMEOUT.saturating_add(RESPONSE_TIMEOUT);
+
+/// After this long without a message, whoever listens asks the server whether it is still there.
+const SILENCE: Duration = Duration::from_secs(15);
 
 /// Takes a lease, or prolongs it for who has it.
 const LEASE: &str = "local holder = redis.call('GET', KEYS[1]) \
@@ -55,14 +60,16 @@ pub struct RedisStore {
     /// Fields that were read under another name than [`wire::field`] gives them.
     names: Mutex<HashMap<JobKey, Vec<u8>>>,
     leases: Leases,
+    /// Whether the server behind the open connection refuses `PUBLISH`.
+    mute: AtomicBool,
 }
 
 impl RedisStore {
     /// What the keys of lk-jwt-service begin with: its jobs are in `lk-jwt:jobs`.
     pub const DEFAULT_PREFIX: &str = "lk-jwt:";
 
-    /// A store on `server` with its jobs in the hash `<prefix>jobs` and its leases below `<prefix>lease:`.
-    /// Does not connect yet.
+    /// A store on `server` with its jobs in the hash `<prefix>jobs`, its leases below `<prefix>lease:` and what
+    /// replicas tell each other on the channel `<prefix>notices`. Does not connect yet.
     ///
     /// With `rediss://` and no process default of rustls, aws-lc-rs is made the default.
     pub fn new(server: RedisUrl, prefix: &str) -> Self {
@@ -78,6 +85,7 @@ impl RedisStore {
             connection: tokio::sync::Mutex::default(),
             names: Mutex::default(),
             leases: Leases::default(),
+            mute: AtomicBool::new(false),
         }
     }
 
@@ -127,6 +135,7 @@ impl RedisStore {
         slot.open = Some(open.clone());
         // It may be another server now, or another version of it.
         self.leases.refused.store(false, Ordering::Relaxed);
+        self.mute.store(false, Ordering::Relaxed);
         Ok((slot.number, open))
     }
 
@@ -150,6 +159,10 @@ impl RedisStore {
             }
             Err(fault) => Err(self.failed(doing, &fault)),
         }
+    }
+
+    fn channel(&self) -> String {
+        format!("{}notices", self.prefix)
     }
 
     fn lease_key(&self, key: &JobKey) -> String {
@@ -240,6 +253,52 @@ impl Store for RedisStore {
         let mut command = redis::cmd("EVAL");
         command.arg(RELEASE).arg(1).arg(self.lease_key(key)).arg(replica);
         self.script("release a job", &command).await.map(|_| ())
+    }
+
+    async fn tell(&self, message: &[u8]) -> Result<(), StoreError> {
+        if self.mute.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut command = redis::cmd("PUBLISH");
+        command.arg(self.channel()).arg(message);
+        match self.ask::<i64>(&command).await {
+            Ok(_) => Ok(()),
+            Err(Fault::Redis(error)) if refuses(&error) => {
+                self.mute.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(fault) => Err(self.failed("tell other replicas", &fault)),
+        }
+    }
+
+    async fn listen(&self, heard: &Heard) -> Result<(), StoreError> {
+        let failed = |error| self.failed("listen to other replicas", &Fault::Redis(error));
+        let subscribe = async {
+            let mut subscription = self.client.get_async_pubsub().await?;
+            subscription.subscribe(self.channel()).await?;
+            Ok(subscription)
+        };
+        let subscription = match timeout(DIAL_TIMEOUT, subscribe).await {
+            Ok(Ok(subscription)) => subscription,
+            Ok(Err(error)) if refuses(&error) => return Ok(()),
+            Ok(Err(error)) => return Err(failed(error)),
+            Err(_) => return Err(self.failed("listen to other replicas", &Fault::TimedOut)),
+        };
+        let (mut sink, mut messages) = subscription.split();
+        loop {
+            match timeout(SILENCE, messages.next()).await {
+                Ok(Some(message)) => heard(message.get_payload_bytes()),
+                Ok(None) => {
+                    return Err(failed(RedisError::from((ErrorKind::Io, "the connection was closed"))));
+                }
+                // A connection that died without a word is silent too.
+                Err(_) => match timeout(RESPONSE_TIMEOUT, sink.ping::<redis::Value>()).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(error)) => return Err(failed(error)),
+                    Err(_) => return Err(self.failed("listen to other replicas", &Fault::TimedOut)),
+                },
+            }
+        }
     }
 
     async fn check(&self) -> Result<(), StoreError> {

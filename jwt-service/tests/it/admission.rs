@@ -1,7 +1,7 @@
 //! A user whom the homeserver confirms gets the SFU's URL and a token; the room exists if the server has full
 //! access.
 
-use antiphon_jwt_service::{FullAccess, ParticipantIdentity, RoomAlias};
+use antiphon_jwt_service::{FullAccess, ParticipantIdentity, RestrictedUsers, RoomAlias};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::{Value, json};
 
@@ -80,6 +80,51 @@ async fn restricted_users_get_the_same_token_but_no_room() {
     }
     assert_eq!(full.sfu.rooms().len(), 2, "asked on every request");
     assert_eq!(restricted.sfu.rooms(), [] as [String; 0]);
+}
+
+#[tokio::test]
+async fn restricted_users_can_be_made_listeners() {
+    let homeserver = Homeserver::with_users(USERS).await;
+    let name = homeserver.name();
+    let mut listening = settings();
+    listening.restricted_users = RestrictedUsers::Listen;
+    let mut restricted = listening.clone();
+    restricted.full_access = FullAccess::Only(["elsewhere.org".to_owned()].into());
+    for (settings, may_publish) in [(listening, true), (restricted, false)] {
+        let client = Client::new(settings);
+        for (path, body) in
+            [("/get_token", get_token(&name, "good", "alice")), ("/sfu/get", sfu_get(&name, "good"))]
+        {
+            let video = client.post(path, &body).await.claims()["video"].clone();
+            assert_eq!(video["canPublish"], may_publish, "written out, since absent means permitted");
+            assert_eq!(video["canSubscribe"], true);
+            assert_eq!(video.get("canPublishData").is_none(), may_publish);
+            assert_eq!(video.get("canUpdateOwnMetadata").is_some(), may_publish);
+        }
+    }
+}
+
+#[tokio::test]
+async fn servers_beyond_the_list_get_nothing_and_are_not_asked() {
+    let homeserver = Homeserver::with_users(USERS).await;
+    let name = homeserver.name();
+    let mut closed = settings();
+    closed.allowed_homeservers = Some(["elsewhere.org".to_owned()].into());
+    let mut named = closed.clone();
+    named.full_access = FullAccess::Only([name.clone()].into());
+    let mut listed = closed.clone();
+    listed.allowed_homeservers = Some([name.clone()].into());
+    let (closed, named, listed) = (Client::new(closed), Client::new(named), Client::new(listed));
+    for (path, body) in
+        [("/get_token", get_token(&name, "good", "alice")), ("/sfu/get", sfu_get(&name, "good"))]
+    {
+        let before = homeserver.connections();
+        assert_eq!(closed.post(path, &body).await.refusal(), (403, "M_FORBIDDEN".into()));
+        assert_eq!(homeserver.connections(), before);
+        named.post(path, &body).await.claims();
+        listed.post(path, &body).await.claims();
+    }
+    assert_eq!(closed.sfu.rooms(), [] as [String; 0]);
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::{
 use antiphon_jwt_service::{
     DelegationConfig, FullAccess, ParticipantIdentity, RoomAlias, Service, Settings, Sfu, SfuError,
     SfuParticipant, SfuRoom,
-    delegation::{JobKey, StoredJob},
+    delegation::{JobKey, Lateness, StoredJob},
     store::{Store, StoreError},
 };
 use async_trait::async_trait;
@@ -30,6 +30,7 @@ use tower::ServiceExt as _;
 use crate::support::{DEADLINE, Homeserver, Seen, get_token, settings, sfu_get, userinfo};
 
 const USERS: &[(&str, &str)] = &[("good", "alice")];
+const STABLE: &str = "/_matrix/client/v1/delayed_events/";
 const UNSTABLE: &str = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/";
 
 /// A store in this test's memory, so that it outlives the service.
@@ -91,8 +92,10 @@ impl Store for Shelf {
 
 /// An SFU that knows who is there; one that is down does not say.
 #[derive(Default)]
-struct Floor {
-    present: Mutex<Option<bool>>,
+pub(crate) struct Floor {
+    pub(crate) present: Mutex<Option<bool>>,
+    /// How many were asked for at once, for each time.
+    rounds: Mutex<Vec<usize>>,
 }
 
 #[async_trait]
@@ -107,6 +110,16 @@ impl Sfu for Floor {
             None => Err(SfuError::NotOffered),
         }
     }
+
+    async fn participants(
+        &self,
+        room: &str,
+        identities: &[&str],
+    ) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        self.rounds.lock().unwrap().push(identities.len());
+        let one = self.participant(room, "anybody").await?;
+        Ok(vec![one; identities.len()])
+    }
 }
 
 /// A deployment: the service, and everything around it.
@@ -114,6 +127,8 @@ struct World {
     homeserver: Homeserver,
     called: Arc<Notify>,
     answer: Arc<Mutex<StatusCode>>,
+    /// Whether the homeserver has the stable paths, and whether it says so.
+    stable: Arc<Mutex<(bool, bool)>>,
     shelf: Arc<Shelf>,
     floor: Arc<Floor>,
     settings: Settings,
@@ -130,11 +145,19 @@ impl World {
 
     async fn with(change: impl FnOnce(&mut Settings), broken_store: bool) -> Self {
         let (called, answer) = (Arc::new(Notify::new()), Arc::new(Mutex::new(StatusCode::OK)));
+        let stable = Arc::<Mutex<(bool, bool)>>::default();
         let homeserver = Homeserver::start({
-            let (called, answer) = (called.clone(), answer.clone());
+            let (called, answer, stable) = (called.clone(), answer.clone(), stable.clone());
             move |seen| {
                 called.notify_waiters();
-                if seen.path.contains("/delayed_events/") {
+                let (has_stable, says_stable) = *stable.lock().unwrap();
+                if seen.path == "/_matrix/client/versions" && says_stable {
+                    let versions =
+                        json!({"versions": ["v1.18"], "unstable_features": {"org.matrix.msc4140.stable": true}});
+                    versions.to_string().into_response()
+                } else if seen.path.starts_with(STABLE) && !has_stable {
+                    (StatusCode::NOT_FOUND, json!({"errcode": "M_UNRECOGNIZED"}).to_string()).into_response()
+                } else if seen.path.contains("/delayed_events/") {
                     (*answer.lock().unwrap(), "{}").into_response()
                 } else {
                     userinfo(seen, USERS)
@@ -150,7 +173,7 @@ impl World {
         let floor = Arc::new(Floor::default());
         let service = start(&settings, &floor, &shelf).await;
         let (router, webhooks) = (service.router(), Mutex::new(0));
-        Self { homeserver, called, answer, shelf, floor, settings, service, router, webhooks }
+        Self { homeserver, called, answer, stable, shelf, floor, settings, service, router, webhooks }
     }
 
     /// The service dies without a word, and another one starts.
@@ -238,7 +261,7 @@ async fn start(settings: &Settings, floor: &Arc<Floor>, shelf: &Arc<Shelf>) -> S
 }
 
 /// A webhook with `body`, signed with `secret`, good for `seconds` from now; `scheme` comes before the token.
-fn signed(body: &str, secret: &str, seconds: i64, scheme: &str) -> Request<Body> {
+pub(crate) fn signed(body: &str, secret: &str, seconds: i64, scheme: &str) -> Request<Body> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
     let claims = json!({
         "iss": "devkey", "iat": now, "nbf": now, "exp": now + seconds,
@@ -268,6 +291,9 @@ async fn a_leave_is_kept_alive_and_sent_when_the_participant_goes() {
     assert_eq!(world.webhook("participant_left", "SIGNAL_CLOSE").await, 200);
     assert_eq!(world.called(2).await, ["syd_1/restart", "syd_1/send"]);
     world.stored(0).await;
+    let stats = world.service.delegation_stats().unwrap();
+    let times = |lateness: Lateness| lateness.counts.iter().sum::<u64>();
+    assert_eq!((times(stats.restart_lateness), times(stats.send_lateness)), (1, 1));
     let seen = world.homeserver.seen();
     let call = seen.iter().find(|s| s.path.ends_with("/send")).unwrap();
     assert_eq!(
@@ -300,6 +326,24 @@ async fn a_participant_that_is_there_already_needs_no_webhook() {
     *world.floor.present.lock().unwrap() = Some(true);
     world.delegate("syd_1", 60_000).await;
     assert_eq!(world.called(1).await, ["syd_1/restart"]);
+}
+
+#[tokio::test]
+async fn a_room_is_asked_about_all_its_participants_at_once() {
+    let mut world = World::new().await;
+    for n in 0..20 {
+        let mut body = get_token(&world.homeserver.name(), "good", "alice");
+        body["member"]["id"] = json!(format!("member-{n}"));
+        body["delay_id"] = json!(format!("syd_{n}"));
+        body["delay_timeout"] = json!(3_600_000);
+        assert_eq!(world.post("/delegate_delayed_leave", &body).await.0, 200);
+    }
+    *world.floor.present.lock().unwrap() = Some(true);
+    world.floor.rounds.lock().unwrap().clear();
+    world.restart().await;
+    world.called(20).await;
+    let rounds = world.floor.rounds.lock().unwrap().clone();
+    assert!(rounds.iter().sum::<usize>() >= 20 && rounds.len() < 20, "{rounds:?}");
 }
 
 #[tokio::test]
@@ -355,6 +399,47 @@ async fn a_service_that_dies_goes_on_where_it_was() {
     world.webhook("participant_left", "").await;
     world.stored(0).await;
     assert_eq!(world.calls().last().unwrap(), "syd_1/send");
+}
+
+#[tokio::test]
+async fn the_stable_paths_are_used_where_they_are_announced_and_really_there() {
+    let world = World::new().await;
+    *world.stable.lock().unwrap() = (true, true);
+    world.delegate("syd_1", 500).await;
+    world.webhook("participant_joined", "").await;
+    world.until(|| world.calls().iter().any(|call| call.starts_with(STABLE))).await;
+    // The homeserver is replaced by one that knows the unstable paths alone: the job does not notice.
+    *world.stable.lock().unwrap() = (false, true);
+    let before = world.calls().len();
+    world.until(|| world.calls()[before..].iter().any(|call| call == "syd_1/restart")).await;
+    world.webhook("participant_left", "").await;
+    world.stored(0).await;
+    assert_eq!(world.calls().last().unwrap(), "syd_1/send");
+}
+
+#[tokio::test]
+async fn an_access_token_goes_to_its_homeserver_with_delayed_event_calls_only() {
+    let world = World::with(
+        |settings| {
+            let name = settings.cs_api_url_overrides.keys().next().unwrap().clone();
+            settings.delayed_event_tokens =
+                [(name, "hunter2".into()), ("other.org".into(), "hunter3".into())].into();
+        },
+        false,
+    )
+    .await;
+    world.delegate("syd_1", 60_000).await;
+    world.webhook("participant_joined", "").await;
+    world.called(1).await;
+    world.webhook("participant_left", "").await;
+    world.called(2).await;
+    world.until(|| world.homeserver.seen().iter().any(|s| s.path.ends_with("/versions"))).await;
+    for seen in world.homeserver.seen() {
+        let token = seen.headers.get("authorization").map(|value| value.to_str().unwrap().to_owned());
+        let delayed = seen.path.contains("/delayed_events/");
+        assert_eq!(token.as_deref(), delayed.then_some("Bearer hunter2"), "{}", seen.path);
+    }
+    assert!(!format!("{:?}", world.service).contains("hunter"));
 }
 
 #[tokio::test]

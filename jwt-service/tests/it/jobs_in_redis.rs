@@ -12,19 +12,26 @@ use std::{
 };
 
 use antiphon_jwt_service::{
-    LEGACY_SLOT, ParticipantIdentity, RoomAlias,
+    DelegationConfig, LEGACY_SLOT, ParticipantIdentity, RoomAlias, Service,
     delegation::{DelayId, JobKey, JobParams, StoredJob},
     store::{self, RedisStore, Store as _, StoreConfig},
 };
 use antiphon_testkit::peers::{Peer, PeerError, ports, process::Process, require};
+use axum::response::IntoResponse as _;
+use serde_json::json;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
     process::Command,
+    sync::mpsc,
     time::timeout,
 };
+use tower::ServiceExt as _;
 
-use crate::support::DEADLINE;
+use crate::{
+    delegated_leave::{Floor, signed},
+    support::{DEADLINE, Homeserver, settings},
+};
 
 const HASH: &str = "lk-jwt:jobs";
 
@@ -118,7 +125,7 @@ impl Redis {
     }
 
     /// What `redis-cli`'s user would see.
-    async fn raw(&self, words: &[&str]) -> redis::Value {
+    pub(crate) async fn raw(&self, words: &[&str]) -> redis::Value {
         let client = redis::Client::open(self.url()).unwrap();
         let mut connection = client.get_multiplexed_async_connection().await.unwrap();
         let mut command = redis::cmd(words[0]);
@@ -157,6 +164,57 @@ async fn what_the_reference_left_is_taken_over_and_what_is_left_is_its_own() {
         store.remove(&key(device)).await.unwrap();
     }
     assert!(redis.entries().await.is_empty());
+}
+
+/// The service around it: entries of the reference, whose encoder escapes `<`, `>` and `&`, and of somebody whose
+/// encoder does not, are rewritten and removed under the names that they have.
+#[tokio::test]
+async fn jobs_of_the_reference_go_on_under_the_names_that_they_have() {
+    require!(Peer::Redis);
+    let redis = Redis::start(&[]).await;
+    let homeserver = Homeserver::start(|_| "{}".into_response()).await;
+    let names = [entry(r"\u003cD\u0026\u003e").0, entry("<E&>").0];
+    for (name, device) in names.iter().zip(["<D&>", "<E&>"]) {
+        // From the future, so that it has not fired, whatever the time is now.
+        let value = entry(device).1.replace("2026", "2126").replace("syd_x", device);
+        redis.raw(&["HSET", HASH, name, &value]).await;
+    }
+    let mut settings = settings();
+    let base = format!("https://{}", homeserver.name()).parse().unwrap();
+    settings.cs_api_url_overrides = [("hs.example".to_owned(), base)].into();
+    let (floor, store) = (Arc::new(Floor::default()), Arc::new(store_at(&redis.url())));
+    let service = Service::with_store(settings, floor, store, DelegationConfig::new("heir")).unwrap();
+    service.restore().await;
+    let webhook = async |event: &str, device: &str| {
+        let body = json!({
+            "event": event, "room": {"name": key(device).room.as_str()},
+            "participant": {"identity": key(device).identity.as_str()},
+        });
+        let answer = service.router().oneshot(signed(&body.to_string(), "devsecret", 60, "")).await;
+        assert_eq!(answer.unwrap().status(), 200);
+    };
+    let until = async |ready: &dyn Fn(&BTreeMap<String, String>) -> bool| {
+        let wait = async {
+            while !ready(&redis.entries().await) {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(DEADLINE, wait).await.expect("in time");
+    };
+    let mut sorted = names.to_vec();
+    sorted.sort();
+    for device in ["<D&>", "<E&>"] {
+        webhook("participant_joined", device).await;
+    }
+    // A restart that succeeded is written down.
+    until(&|entries| entries.values().all(|value| value.contains(r#""Connected":true"#))).await;
+    assert_eq!(redis.entries().await.into_keys().collect::<Vec<_>>(), sorted);
+    for device in ["<D&>", "<E&>"] {
+        webhook("participant_left", device).await;
+    }
+    until(&BTreeMap::is_empty).await;
+    let sent: Vec<_> = homeserver.seen().into_iter().filter(|seen| seen.path.ends_with("/send")).collect();
+    assert_eq!(sent.len(), 2);
 }
 
 #[tokio::test]
@@ -252,6 +310,34 @@ async fn of_two_replicas_one_acts() {
         let lease: String = redis::from_redis_value(lease).unwrap();
         let left: i64 = redis::from_redis_value(redis.raw(&["PTTL", &lease]).await).unwrap();
         assert!((1..=600_000).contains(&left), "{left}");
+    }
+}
+
+#[tokio::test]
+async fn what_one_tells_all_hear_until_the_server_goes() {
+    require!(Peer::Redis);
+    let mut redis = Redis::start(&[]).await;
+    let (listener, teller) = (Arc::new(store_at(&redis.url())), store_at(&redis.url()));
+    let listen = || {
+        let (listener, (send, receive)) = (listener.clone(), mpsc::channel(8));
+        let heard = move |message: &[u8]| send.try_send(message.to_vec()).unwrap();
+        (tokio::spawn(async move { listener.listen(&heard).await }), receive)
+    };
+    for _ in 0..2 {
+        let (listening, mut heard) = listen();
+        let said = async {
+            // Until the subscription is there nobody hears anything.
+            while heard.is_empty() {
+                teller.tell(b"\xffhello").await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            heard.recv().await.unwrap()
+        };
+        assert_eq!(timeout(DEADLINE, said).await.expect("heard in time"), b"\xffhello");
+        redis.process.kill().await.unwrap();
+        let ended = timeout(DEADLINE, listening).await.expect("noticed in time").unwrap();
+        ended.unwrap_err();
+        redis.start_again().await;
     }
 }
 
@@ -424,8 +510,15 @@ async fn four_commands_are_enough() {
         assert!(store.lease(&key("E"), replica, Duration::from_secs(60)).await.unwrap());
         store.release(&key("E"), replica).await.unwrap();
     }
-    assert_eq!(*server.seen.lock().unwrap(), ["PING", "HSET", "HSET", "HDEL", "HGETALL", "EVAL"]);
+    // Nor does one replica hear the other, which is no error.
+    for _ in 0..2 {
+        store.tell(b"hello").await.unwrap();
+    }
+    let expected = ["PING", "HSET", "HSET", "HDEL", "HGETALL", "EVAL", "PUBLISH"];
+    assert_eq!(*server.seen.lock().unwrap(), expected);
     assert_eq!(server.connections.load(Ordering::Relaxed), 1, "a refusal costs no connection");
+    timeout(DEADLINE, store.listen(&|_: &[u8]| {})).await.expect("refused at once").unwrap();
+    assert_eq!(server.seen.lock().unwrap().last().unwrap(), "SUBSCRIBE");
 }
 
 #[tokio::test]

@@ -21,6 +21,7 @@ mod program;
 mod readiness;
 mod redis_comes_and_goes_under_load;
 mod refusals;
+mod replicas;
 mod request_ids;
 mod sfu_calls;
 mod strangers_addresses;

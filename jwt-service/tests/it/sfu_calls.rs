@@ -14,7 +14,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
-use livekit_protocol::{CreateRoomRequest, ParticipantInfo, Room, RoomParticipantIdentity};
+use livekit_protocol::{
+    CreateRoomRequest, ListParticipantsRequest, ListParticipantsResponse, ParticipantInfo, Room,
+    RoomParticipantIdentity,
+};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -34,11 +37,16 @@ struct LiveKit {
 
 impl LiveKit {
     async fn start(answer: impl Fn() -> Response + Clone + Send + Sync + 'static) -> Self {
+        Self::with_paths(move |_| answer()).await
+    }
+
+    /// One whose answer depends on the method, the last segment of the path.
+    async fn with_paths(answer: impl Fn(&str) -> Response + Clone + Send + Sync + 'static) -> Self {
         let calls = Arc::new(Mutex::new(Vec::new()));
         let seen = calls.clone();
         let router = Router::new().fallback(move |uri: Uri, headers: HeaderMap, body: Bytes| {
             seen.lock().unwrap().push(Call { path: uri.path().to_owned(), headers, body });
-            let answer = answer();
+            let answer = answer(uri.path().rsplit('/').next().unwrap());
             async move { answer }
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -55,6 +63,18 @@ impl LiveKit {
     async fn participant(&self) -> Result<Option<SfuParticipant>, SfuError> {
         let sfu = TwirpSfu::new(&self.url, "devkey", &Secret::new("devsecret")).unwrap();
         sfu.participant("room", "identity").await
+    }
+
+    /// Asks for three at once.
+    async fn participants(&self) -> Result<Vec<Option<SfuParticipant>>, SfuError> {
+        let sfu = TwirpSfu::new(&self.url, "devkey", &Secret::new("devsecret")).unwrap();
+        sfu.participants("room", &["a", "b", "c"]).await
+    }
+
+    /// How often each method was called.
+    fn methods(&self) -> [usize; 2] {
+        ["ListParticipants", "GetParticipant"]
+            .map(|method| self.calls().iter().filter(|call| call.path.ends_with(method)).count())
     }
 
     fn calls(&self) -> Vec<Call> {
@@ -172,4 +192,67 @@ async fn a_participant_is_there_or_certainly_not_or_nobody_knows() {
         let livekit = LiveKit::start(move || (status, "<html>").into_response()).await;
         assert!(livekit.participant().await.is_err(), "{status} says nothing about the participant");
     }
+}
+
+fn someone(identity: &str) -> ParticipantInfo {
+    ParticipantInfo { sid: format!("PA_{identity}"), identity: identity.to_owned(), ..Default::default() }
+}
+
+fn not_found() -> Response {
+    (StatusCode::NOT_FOUND, json!({ "code": "not_found", "msg": "gone" }).to_string()).into_response()
+}
+
+#[tokio::test]
+async fn several_participants_of_a_room_take_one_call() {
+    let livekit = LiveKit::with_paths(|method| {
+        assert_eq!(method, "ListParticipants");
+        let participants = vec![someone("c"), someone("stranger"), someone("a")];
+        ListParticipantsResponse { participants }.encode_to_vec().into_response()
+    })
+    .await;
+    let found = livekit.participants().await.unwrap();
+    let there = |sid: &str| Some(SfuParticipant::new(sid));
+    assert_eq!(found, [there("PA_a"), None, there("PA_c")]);
+    let [call] = &livekit.calls()[..] else { panic!("one call") };
+    assert_eq!(ListParticipantsRequest::decode(call.body.clone()).unwrap().room, "room");
+    let token = call.headers["authorization"].to_str().unwrap().strip_prefix("Bearer ").unwrap();
+    let key = DecodingKey::from_secret(b"devsecret");
+    let claims =
+        jsonwebtoken::decode::<Value>(token, &key, &Validation::new(Algorithm::HS256)).unwrap().claims;
+    assert_eq!(claims["video"], json!({ "roomAdmin": true, "room": "room" }));
+}
+
+#[tokio::test]
+async fn an_sfu_without_lists_is_asked_for_each() {
+    let single = |method: &str| match method {
+        "GetParticipant" => someone("a").encode_to_vec().into_response(),
+        _ => (StatusCode::NOT_FOUND, json!({ "code": "bad_route" }).to_string()).into_response(),
+    };
+    let livekit = LiveKit::with_paths(single).await;
+    assert_eq!(livekit.participants().await.unwrap().iter().flatten().count(), 3);
+    assert_eq!(livekit.methods(), [1, 3]);
+
+    let broken = LiveKit::start(|| StatusCode::BAD_GATEWAY.into_response()).await;
+    assert!(broken.participants().await.is_err(), "nobody is taken for absent");
+}
+
+#[tokio::test]
+async fn an_empty_list_must_be_borne_out() {
+    let empty = |method: &str| match method {
+        "ListParticipants" => ().into_response(),
+        _ => not_found(),
+    };
+    let livekit = LiveKit::with_paths(empty).await;
+    assert_eq!(livekit.participants().await.unwrap(), [None, None, None]);
+    assert_eq!(livekit.methods(), [1, 1]);
+
+    // Something that answers everything with an empty body has no list.
+    let livekit = LiveKit::start(|| ().into_response()).await;
+    assert_eq!(livekit.participants().await.unwrap().iter().flatten().count(), 3);
+    // And one that does not say leaves it open.
+    let silent = |method: &str| match method {
+        "ListParticipants" => ().into_response(),
+        _ => StatusCode::BAD_GATEWAY.into_response(),
+    };
+    assert!(LiveKit::with_paths(silent).await.participants().await.is_err());
 }

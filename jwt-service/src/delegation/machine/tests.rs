@@ -14,6 +14,7 @@ struct World {
     homeserver: Outcome,
     sfu: Presence,
     log: Vec<(u64, Seen)>,
+    late: Vec<(Seen, Duration)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,19 +34,21 @@ fn start(timeout: u64) -> Start {
         sanity: None,
         superseded: None,
         seed: 1,
+        rounds: now(),
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "an Instant has no other origin; the test moves it by itself")]
+fn now() -> Instant {
+    Instant::now()
 }
 
 impl World {
     fn new(start: Start) -> Self {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "an Instant has no other origin; the test moves it by itself"
-        )]
-        let now = Instant::now();
+        let now = start.rounds;
         let job = Job::new(now, start);
         let (homeserver, sfu) = (Outcome::Done, Presence::Unknown);
-        let mut world = Self { job, begin: now, now, homeserver, sfu, log: Vec::new() };
+        let mut world = Self { job, begin: now, now, homeserver, sfu, log: Vec::new(), late: Vec::new() };
         world.job.handle_timeout(now);
         world.settle();
         world
@@ -81,7 +84,8 @@ impl World {
                     self.log.push((at, Seen::Look));
                     self.job.handle(self.now, Input::Looked { call, presence: self.sfu.clone() });
                 }
-                Output::Restarted { .. } => {}
+                Output::Restarted { late, .. } => self.late.push((Seen::Restart, late)),
+                Output::Sent { late } => self.late.push((Seen::Send, late)),
                 Output::Ended(end) => self.log.push((at, Seen::Ended(end))),
             }
         }
@@ -185,6 +189,28 @@ fn an_event_that_is_gone_or_refused_ends_the_job_without_a_send() {
         assert_eq!(world.calls().last(), Some(&Seen::Ended(End::Lost)), "{outcome:?}");
         assert!(world.times(Seen::Send).is_empty());
     }
+}
+
+#[test]
+fn lateness_counts_from_when_it_was_due_to_when_it_was_done() {
+    let mut world = connected(8000);
+    assert_eq!(world.late, [(Seen::Restart, Duration::ZERO)]);
+    // Due at 4 s; the homeserver works again from 6 s on.
+    world.until(3999);
+    world.homeserver = Outcome::Later(None);
+    world.until(6000);
+    world.homeserver = Outcome::Done;
+    world.until(7000);
+    assert!(
+        matches!(world.late[1], (Seen::Restart, late) if late >= MS(2000) && late < MS(3000)),
+        "{:?}",
+        world.late
+    );
+    world.homeserver = Outcome::Later(Some(MS(700)));
+    world.left(None, Leave::OnPurpose);
+    world.homeserver = Outcome::Gone;
+    world.until(9000);
+    assert_eq!(world.late[2..], [(Seen::Send, MS(700))]);
 }
 
 #[test]
@@ -319,6 +345,32 @@ fn sanity_checks_need_two_misses() {
 }
 
 #[test]
+fn looks_into_one_room_meet() {
+    let rounds = now();
+    let look_times = |start: Start, present: bool| {
+        let (mut looks, mut times) = (0, std::collections::BTreeSet::new());
+        for n in 0..50 {
+            let mut world = World::new(Start { seed: n, rounds, ..start.clone() });
+            world.sfu = Presence::Absent;
+            (world.begin, world.now) = (rounds, rounds + MS(37 * n));
+            if present {
+                world.sfu = Presence::Present { sid: None };
+                world.joined(None);
+            }
+            world.until(600_000);
+            let late: Vec<_> = world.times(Seen::Look).into_iter().filter(|at| *at > 300_000).collect();
+            looks += late.len();
+            times.extend(late);
+        }
+        (looks, times.len())
+    };
+    let sanity = look_times(Start { sanity: Some(MS(10_000)), ..start(3_600_000) }, true);
+    assert_eq!(sanity, (1500, 30), "once for all in each interval");
+    let (looks, times) = look_times(start(3_600_000), false);
+    assert!(looks >= 150 && times <= 76, "{looks} looks at {times} times: at every fourth second at most");
+}
+
+#[test]
 fn a_restored_job_uses_what_is_left_of_its_time() {
     let mut world = World::new(Start { remaining: MS(3000), ..start(8000) });
     world.until(2999);
@@ -435,7 +487,7 @@ proptest! {
                         flying = Some(call);
                     }
                     Output::Ended(_) => ended = true,
-                    Output::Look(_) | Output::Restarted { .. } => {}
+                    Output::Look(_) | Output::Restarted { .. } | Output::Sent { .. } => {}
                 }
             }
             prop_assert_eq!(ended, job.phase() == Phase::Ended);

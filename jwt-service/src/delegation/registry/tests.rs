@@ -20,6 +20,7 @@ fn rules() -> Rules {
         jobs_per_user: 2,
         sanity: None,
         seed: 7,
+        shared: true,
     }
 }
 
@@ -119,7 +120,7 @@ impl World {
                         self.promised.insert(key, id);
                     }
                 }
-                Effect::Release { .. } => {}
+                Effect::Release { .. } | Effect::Tell { .. } => {}
                 Effect::Send { ref params, .. } => {
                     let id = params.delay_id.as_str().to_owned();
                     assert!(!self.sent.contains(&id), "sent again after success");
@@ -169,7 +170,7 @@ impl World {
             Effect::Lease { serial, .. } => {
                 self.registry.leased(self.now, serial, if good { Lease::Granted } else { Lease::Unknown });
             }
-            Effect::Cancel { .. } | Effect::Release { .. } | Effect::Reply { .. } => {}
+            Effect::Cancel { .. } | Effect::Release { .. } | Effect::Tell { .. } | Effect::Reply { .. } => {}
         }
         self.collect();
     }
@@ -350,6 +351,114 @@ fn a_sweep_takes_up_gives_up_and_writes_again() {
         _ => None,
     });
     assert_eq!(puts.collect::<Vec<_>>(), [key(1)]);
+}
+
+/// What is told to other replicas, oldest first, and which leases are given up.
+fn said(registry: &mut Registry) -> (Vec<News>, Vec<Option<News>>) {
+    let (mut told, mut released) = (Vec::new(), Vec::new());
+    while let Some(effect) = registry.poll() {
+        match effect {
+            Effect::Tell { notice } => told.push(notice.news),
+            Effect::Release { notice, .. } => released.push(notice.map(|notice| notice.news)),
+            _ => {}
+        }
+    }
+    (told, released)
+}
+
+fn heard(world: &mut World, n: u8, news: News) {
+    world.registry.heard(world.now, Notice { key: key(n), news });
+}
+
+#[test]
+fn what_the_sfu_says_is_passed_on_unless_the_job_is_held_here() {
+    let mut world = World::new();
+    let (joined, left) =
+        (Input::Joined { sid: Some("PA".into()) }, Input::Left { sid: None, why: Leave::OnPurpose });
+    world.registry.event(world.now, &key(0), joined.clone());
+    assert_eq!(said(&mut world.registry).0, [News::Joined { sid: Some("PA".into()) }], "no such job here");
+    world.add(0, HOUR).unwrap();
+    world.answer_all();
+    world.registry.event(world.now, &key(0), joined);
+    world.registry.event(world.now, &key(0), left.clone());
+    assert_eq!(said(&mut world.registry).0, [], "held here");
+
+    let mut alone = Registry::new(Rules { shared: false, ..rules() });
+    alone.event(world.now, &key(0), left);
+    assert_eq!(said(&mut alone).0, [], "nobody to tell");
+}
+
+#[test]
+fn what_another_replica_passes_on_counts_like_a_webhook_and_goes_no_further() {
+    let mut world = World::new();
+    world.add(0, HOUR).unwrap();
+    world.answer_all();
+    heard(&mut world, 0, News::Joined { sid: Some("PA".into()) });
+    heard(&mut world, 0, News::Left { sid: Some("PA".into()), why: Leave::Otherwise });
+    heard(&mut world, 1, News::Left { sid: None, why: Leave::OnPurpose });
+    let sends = std::iter::from_fn(|| world.registry.poll()).filter(|e| matches!(e, Effect::Send { .. }));
+    assert_eq!(sends.count(), 1);
+    assert_eq!(said(&mut world.registry), (vec![], vec![]));
+}
+
+#[test]
+fn the_newest_delegation_counts_at_whichever_replica_it_was_made() {
+    let mut old = World::new();
+    old.add(0, HOUR).unwrap();
+    old.answer_all();
+    old.event(0, Input::Joined { sid: Some("PA_1".into()) });
+    let mut new = World::new();
+    new.now = Now { wall: old.now.wall + Duration::from_secs(1), ..old.now };
+    new.registry.add(new.now, params(0, "newer", HOUR), "@a:hs", 1).unwrap();
+    let serial = new.registry.by_key[&key(0)];
+    new.registry.leased(new.now, serial, Lease::Refused);
+    let (told, _) = said(&mut new.registry);
+    assert_eq!(told, [News::Replaced { made: new.now.wall }]);
+
+    // The old one has a write on its way: the lease is not free before it is over.
+    let write = old.registry.writes + 1;
+    old.registry.write(old.now, &key(0), None);
+    heard(&mut old, 0, told[0].clone());
+    assert_eq!(said(&mut old.registry).1, []);
+    assert_eq!(old.registry.jobs.len(), 0);
+    old.registry.stored(old.now, &key(0), write, false);
+    let (_, released) = said(&mut old.registry);
+    assert_eq!(released, [Some(News::Released { sid: Some("PA_1".into()) })]);
+    assert!(old.registry.writers.is_empty(), "and a write that failed is not made again");
+
+    // Then the new one asks at once, writes over what may be there, and takes the old connection's end for none.
+    let free = released[0].clone().unwrap();
+    heard(&mut new, 0, free);
+    assert!(matches!(new.registry.poll(), Some(Effect::Lease { .. })));
+    new.registry.leased(new.now, serial, Lease::Granted);
+    let wrote = std::iter::from_fn(|| new.registry.poll())
+        .any(|effect| matches!(effect, Effect::Put { job, .. } if job.params.delay_id.as_str() == "newer"));
+    // The first write is still on its way: the second comes after it.
+    assert!(!wrote && new.registry.writers[&key(0)].pending.is_some());
+    new.registry.event(new.now, &key(0), Input::Left { sid: Some("PA_1".into()), why: Leave::Otherwise });
+    assert_eq!(new.registry.stats().waiting, 1);
+}
+
+#[test]
+fn an_older_delegation_does_not_displace_a_newer_one() {
+    let mut world = World::new();
+    world.add(0, HOUR).unwrap();
+    world.answer_all();
+    let made = world.now.wall;
+    for older in [made, made - Duration::from_secs(1)] {
+        heard(&mut world, 0, News::Replaced { made: older });
+        assert_eq!(world.registry.jobs.len(), 1);
+    }
+    heard(&mut world, 0, News::Released { sid: None });
+    assert!(world.registry.poll().is_none(), "who has the lease asks for none");
+    // One that was taken from the store is older than what any client delegates now.
+    let mut restored = World::new();
+    let job = StoredJob { params: params(0, "old", HOUR), restarted_at: restored.now.wall, connected: None };
+    restored.registry.restore(restored.now, job);
+    restored.answer_all();
+    let made = restored.now.wall - Duration::from_mins(1);
+    heard(&mut restored, 0, News::Replaced { made });
+    assert_eq!(said(&mut restored.registry).1, [Some(News::Released { sid: None })]);
 }
 
 #[derive(Clone, Debug)]
