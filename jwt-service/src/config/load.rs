@@ -418,6 +418,9 @@ fn overrides(found: Found<'_>) -> Result<BTreeMap<String, Url>, ConfigError> {
     found.text.split(',').map(entry).collect()
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use std::{io::Write as _, path::Path};

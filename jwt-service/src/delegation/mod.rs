@@ -14,6 +14,12 @@ use std::{
 use zeroize::Zeroizing;
 
 pub use self::registry::Stats;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::{
+    homeservers::properties::{delayed_event_answer, delayed_event_url},
+    machine::properties::job_machine,
+    registry::model::job_registry,
+};
 pub(crate) use self::{
     machine::{Input, Leave},
     registry::AddError,

@@ -96,6 +96,9 @@ fn base_url(document: &[u8]) -> Option<Url> {
     (matches!(url.scheme(), "http" | "https") && plain && askable).then_some(url)
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

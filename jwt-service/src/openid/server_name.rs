@@ -110,6 +110,9 @@ impl fmt::Display for Host {
 )]
 pub struct InvalidServerName;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
