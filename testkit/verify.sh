@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 synapse_version=1.163.2
 livekit_version=v1.13.5
+cargo_fuzz_version=0.13.2
 go_needed=1.26
 peers=${ANTIPHON_PEERS:-$PWD/target/peers}
 export ANTIPHON_PEERS=$peers
@@ -12,6 +13,7 @@ export ANTIPHON_PEERS=$peers
 usage() {
   cat <<EOF
 ./testkit/verify.sh            check and test everything
+./testkit/verify.sh --fuzz     the same, and run the fuzz targets (with CI=true they always run)
 ./testkit/verify.sh --setup    only install, below target/peers, what the tests meet
 ./testkit/verify.sh --help     this text
 
@@ -21,11 +23,13 @@ usage() {
      npm/       node 24, playwright-core, livekit-client, Element Call, matrix-js-sdk, from npm
                 as testkit/web/package-lock.json says  (needs npm; x86-64)
      bin/       LiveKit server $livekit_version, as a Go module (needs Go $go_needed or newer)
+                cargo-fuzz $cargo_fuzz_version, from crates.io, if the fuzz targets run
    Chromium, Redis, ip and unshare need root: what is missing is named with the line that installs it.
 3. cargo fmt, clippy and doc, all with warnings denied.
 4. Every test, the documentation's too, in a network namespace that has only loopback, because browsers
    and SFUs bind every interface they see. Where no such namespace can be made, the tests that need it
    are skipped.
+5. With CI=true or --fuzz, every fuzz target for 30 s, two at a time (docs/fuzzing.md).
 
 A test whose peer is missing prints a line that begins with SKIPPED. With CI=true in the environment
 whatever is missing is a failure.
@@ -37,16 +41,18 @@ EOF
 
 main() {
   case ${1-} in
-    '' | --setup) ;;
+    '' | --fuzz | --setup) ;;
     --help | -h) usage && return ;;
     *) usage >&2 && return 2 ;;
   esac
   trap finish EXIT
   missing=()
+  [[ ${CI-} != true && ${1-} != --fuzz ]] || fuzzing=yes
   step "tools" tools
   step "Synapse $synapse_version" synapse
   step "npm packages" npm_packages
   step "LiveKit server $livekit_version" livekit
+  [[ -z ${fuzzing-} ]] || step "cargo-fuzz $cargo_fuzz_version" cargo_fuzz
   step "programs that need root" programs
   if ((${#missing[@]})); then
     printf '%s\n' '' 'MISSING: the tests that need these will be skipped' "${missing[@]/#/  }" '' >&2
@@ -66,6 +72,12 @@ check() {
   RUSTDOCFLAGS="-D warnings" step "documentation" cargo doc "${any[@]}" --no-deps
   step "build of the tests" cargo test "${any[@]}" --no-run
   step "tests" tests cargo test "${any[@]}" --offline
+  if [[ -z ${fuzzing-} ]]; then
+    echo "SKIPPED the fuzz targets: ./testkit/verify.sh --fuzz runs them, too"
+  elif [[ -x $peers/bin/cargo-fuzz ]]; then
+    step "build of the fuzz targets" fuzz_build
+    step "fuzz targets" fuzz
+  fi
 }
 
 tools() {
@@ -123,6 +135,15 @@ livekit() {
   fi
 }
 
+cargo_fuzz() {
+  if [[ $("$peers/bin/cargo-fuzz" --version 2>/dev/null) == "cargo-fuzz $cargo_fuzz_version" ]]; then
+    echo "is there"
+  else
+    cargo install --quiet --locked --root "$peers" --force "cargo-fuzz@$cargo_fuzz_version" ||
+      { rm -f "$peers/bin/cargo-fuzz" && lacks "cargo-fuzz: cargo failed, see above"; }
+  fi
+}
+
 programs() {
   local pair
   for pair in chromium:chromium redis-server:redis-server ip:iproute2 unshare:util-linux; do
@@ -146,6 +167,32 @@ tests() {
   fi
   # Once more where the eye ends.
   grep -ao 'SKIPPED .*' "$log" || true
+}
+
+fuzz_build() {
+  fuzz_out=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
+  # No sanitizer: they find errors of memory, which safe Rust does not make, at twice the time. Without one
+  # this needs no flag that only nightly compilers take.
+  (cd jwt-service && PATH=$peers/bin:$PATH cargo fuzz build --sanitizer none --target-dir "$fuzz_out")
+}
+
+fuzz() {
+  local host target
+  host=$(rustc -vV | sed -n 's/^host: //p')
+  export fuzz_out fuzz_bin=$fuzz_out/$host/release
+  for target in jwt-service/fuzz/targets/*.rs; do basename "$target" .rs; done | xargs -P 2 -I TARGET bash -c '
+    new=$fuzz_out/corpus/TARGET log=$fuzz_out/TARGET.log
+    mkdir -p "$new"
+    if "$fuzz_bin/TARGET" "$new" jwt-service/fuzz/corpus/TARGET -max_total_time=30 -timeout=10 -max_len=4096 \
+      -rss_limit_mb=1024 -artifact_prefix="$fuzz_out/TARGET-" >"$log" 2>&1
+    then
+      echo "TARGET: $(tail -n 1 "$log")"
+    else
+      echo "TARGET FAILED: docs/fuzzing.md says what to do with the input that is named below" >&2
+      grep -a -A 8 -m 1 "panicked at" "$log" >&2
+      tail -n 5 "$log" >&2
+      false
+    fi'
 }
 
 # Prints unshare's arguments. With a process namespace of its own, whatever a broken test leaves behind ends

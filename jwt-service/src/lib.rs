@@ -30,6 +30,9 @@
 
 mod config;
 pub mod delegation;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod http;
 mod identity;
 mod limits;

@@ -344,6 +344,9 @@ fn hop_address(hop: &str) -> Option<IpAddr> {
     hop.split_once(':')?.0.parse::<Ipv4Addr>().ok().map(IpAddr::V4)
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

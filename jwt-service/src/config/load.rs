@@ -430,6 +430,8 @@ fn overrides(found: Found<'_>) -> Result<BTreeMap<String, Url>, ConfigError> {
         let url = Url::parse(url)
             .ok()
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
+            // URLs may have hosts that requests may not: `https://a}b`.
+            .filter(|url| url.as_str().parse::<hyper::Uri>().is_ok())
             .ok_or_else(|| wrong(format_args!("the URL for {name:?} does not begin with https://host")))?;
         Ok((name.to_ascii_lowercase(), url))
     };
@@ -469,6 +471,9 @@ fn delayed_event_tokens(sources: &Sources) -> Result<BTreeMap<String, Secret>, C
     };
     entries.map(entry).collect()
 }
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
 
 #[cfg(test)]
 mod tests {
@@ -656,7 +661,7 @@ mod tests {
                 ("a.org", "http://z/")
             ]
         );
-        for bad in ["a", "=https://x", "a=", "a=https://x,", "a=x.org", "a=ftp://x", ","] {
+        for bad in ["a", "=https://x", "a=", "a=https://x,", "a=x.org", "a=ftp://x", "a=https://a}b", ","] {
             let text = refused(&[("LIVEKIT_CS_API_URL_OVERRIDES", bad)]);
             assert!(text.starts_with("LIVEKIT_CS_API_URL_OVERRIDES: "), "{text}");
         }

@@ -22,6 +22,8 @@ pub use self::{
     bind::Bind,
     sources::{SETTINGS, Setting, Sources},
 };
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::{load::properties::lists_of_servers, sources::properties::settings_file};
 pub use crate::limits::{Network, Rate, TrustedProxies};
 use crate::{delegation::DelegationConfig, openid::ServerName, secret::Secret, store::StoreConfig};
 

@@ -478,3 +478,6 @@ fn distance(a: &str, b: &str) -> usize {
     }
     row[b.len()]
 }
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;

@@ -14,14 +14,16 @@ use std::{
 
 use zeroize::Zeroizing;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::{
+    homeservers::properties::{delayed_event_answer, delayed_event_url},
+    machine::properties::job_machine,
+    registry::model::job_registry,
+};
+pub(crate) use self::{machine::Input, registry::AddError, shell::Delegation};
 pub use self::{
     machine::Leave,
     registry::{Lateness, Stats},
-};
-pub(crate) use self::{
-    machine::Input,
-    registry::AddError,
-    shell::Delegation,
 };
 use crate::{ParticipantIdentity, RoomAlias, ServerName};
 

@@ -809,5 +809,8 @@ impl Registry {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod model;
+
 #[cfg(test)]
 mod tests;

@@ -209,6 +209,9 @@ impl<'de> Visitor<'de> for NodeVisitor {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -38,6 +38,11 @@ use self::{
     well_known::{Delegation, DelegationCache, MAX_DOCUMENT, delegation, lifetime},
 };
 pub(crate) use self::{client_api::ClientAnswer, userinfo::VerifiedUser};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::{
+    client_api::properties::client_document, server_name::properties::server_name,
+    userinfo::properties::userinfo_answer, well_known::properties::server_document,
+};
 pub use self::{
     resolver::{Resolve, ResolveError, SrvRecord, SystemResolver},
     server_name::{Host, InvalidServerName, ServerName},

@@ -4,6 +4,8 @@ use std::{fmt, net::IpAddr, str::FromStr};
 
 /// The longest name the Matrix specification allows for a DNS name (RFC 1035), port excluded.
 const MAX_HOST: usize = 253;
+/// The longest port of the grammar.
+const MAX_PORT_DIGITS: usize = 5;
 
 /// A server name that follows the grammar of the Matrix specification (appendices §Server Name), as it was
 /// written.
@@ -58,6 +60,11 @@ impl FromStr for ServerName {
     fn from_str(text: &str) -> Result<Self, InvalidServerName> {
         let (host, port) = match text.rsplit_once(':') {
             Some((host, port)) if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => {
+                // With any number of zeros one server would have any number of names, each with limits of its
+                // own.
+                if port.len() > MAX_PORT_DIGITS {
+                    return Err(InvalidServerName);
+                }
                 // The last group of a bracketed IPv6 address is not a port: the bracket follows it.
                 (host, Some(port.parse().map_err(|_| InvalidServerName)?))
             }
@@ -103,6 +110,9 @@ impl fmt::Display for Host {
 )]
 pub struct InvalidServerName;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -137,6 +147,7 @@ mod tests {
             "a_b",
             "ex.com:",
             "ex.com:65536",
+            "ex.com:000443",
             "ex.com:99999999999",
             "ex.com:-1",
             "ex.com:+1",

@@ -39,6 +39,9 @@ pub(crate) enum UserinfoError {
     ForeignUser,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -111,6 +111,9 @@ impl DelegationCache {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -405,6 +405,9 @@ fn parse(line: &[u8]) -> Option<Change> {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;

@@ -14,6 +14,8 @@ pub use self::{
     memory::MemoryStore,
     redis::{InvalidRedisUrl, RedisStore, RedisUrl},
 };
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::{file::properties::job_log, wire::properties::stored_job};
 use crate::delegation::{JobKey, StoredJob};
 
 /// Which store a service uses.

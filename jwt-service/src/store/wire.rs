@@ -173,6 +173,9 @@ struct Params {
     identity: String,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::prelude::*;
