@@ -209,7 +209,7 @@ impl World {
         });
         let answer = self.http.post(service.url("/get_token")).json(&request).send().await.unwrap();
         let (status, answer) = (answer.status(), answer.json::<Value>().await.unwrap());
-        assert_eq!(status, 200, "{answer}\n{}", service.log().text());
+        assert_eq!(status, 200, "{answer}\n{}", service.log().tail());
         let text = |name: &str| answer[name].as_str().unwrap().to_owned();
         let (url, token) = (text("url"), text("jwt"));
         let join = LiveKitJoin { url, token, keys: None, publish: false, simulcast: false };
@@ -252,7 +252,7 @@ impl World {
                 // It may have been in the room when we began to wait.
                 assert!(after <= limit, "{} left after {after:?}", member.name);
             }
-            Err(_) => panic!("{} has not left after {limit:?}:\n{}", member.name, member.log.text()),
+            Err(_) => panic!("{} has not left after {limit:?}:\n{}", member.name, member.log.tail()),
         }
     }
 

@@ -9,6 +9,8 @@ use crate::support::DEADLINE;
 
 /// A service that is up must say so within this time.
 const HEALTHY: Duration = Duration::from_secs(15);
+/// How much of a log is shown, in lines.
+const TAIL: usize = 40;
 /// What has no event is asked for again after this time.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -121,7 +123,10 @@ impl Program {
 pub(crate) struct Log(PathBuf);
 
 impl Log {
-    pub(crate) fn text(&self) -> String {
-        std::fs::read_to_string(&self.0).unwrap()
+    /// Its last lines.
+    pub(crate) fn tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.0).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(TAIL)..].join("\n")
     }
 }

@@ -91,7 +91,7 @@ async fn and_no_request_fails() {
     };
     if tokio::time::timeout(WRITTEN, complete).await.is_err() {
         let missing: Vec<_> = jobs.difference(&written(&redis).await).cloned().collect();
-        panic!("not in Redis: {missing:?}\n{}", service.log().text());
+        panic!("not in Redis: {missing:?}\n{}", service.log().tail());
     }
     assert_eq!(service.jobs().await, u64::try_from(jobs.len()).unwrap());
 }
