@@ -58,7 +58,7 @@ pub use self::{
     identity::{LEGACY_SLOT, ParticipantIdentity, RoomAlias},
     openid::{Host, InvalidServerName, Resolve, ResolveError, ServerName, SrvRecord, SystemResolver},
     secret::Secret,
-    serve::{Certificate, CertificateError, Listener, listen, serve, serve_with},
+    serve::{Bounds, Certificate, CertificateError, Listener, listen, serve, serve_with},
     sfu::{DEPARTURE_TIMEOUT, EMPTY_TIMEOUT, Sfu, SfuError, SfuParticipant, SfuRoom, TwirpSfu},
     token::{TokenError, TokenSigner},
 };

@@ -17,6 +17,8 @@ const REMEMBERED: usize = 100_000;
 const HANGING_AFTER: Duration = Duration::from_secs(5);
 /// A homeserver that hangs is worth asking again after about this long.
 const HANGING_RETRY: Duration = Duration::from_secs(5);
+/// How often the log says that connections are turned away.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 /// Hops of `X-Forwarded-For` that are read, from the nearest.
 const MAX_HOPS: usize = 16;
 
@@ -92,6 +94,67 @@ pub(crate) struct Limited {
     pub(crate) by: Limit,
     pub(crate) retry_after: Duration,
 }
+
+/// The connections that are open, by address.
+#[derive(Debug)]
+pub(crate) struct OpenConnections {
+    per_address: Option<usize>,
+    /// Proxies connect for everybody.
+    exempt: TrustedProxies,
+    /// Bounded by the connections open at all.
+    open: HashMap<IpAddr, usize>,
+    said: Option<Instant>,
+}
+
+impl OpenConnections {
+    pub(crate) fn new(per_address: Option<usize>, exempt: TrustedProxies) -> Self {
+        Self { per_address, exempt, open: HashMap::new(), said: None }
+    }
+
+    /// A connection from `peer` has come in. [`Self::close`] must be told of its end, unless it is one too many.
+    pub(crate) fn open(&mut self, peer: IpAddr) -> Result<CountedPeer, TooMany> {
+        let Some(most) = self.per_address.filter(|_| !self.exempt.includes(peer)) else {
+            return Ok(CountedPeer(None));
+        };
+        let network = network(peer);
+        let open = self.open.entry(network).or_default();
+        if *open >= most {
+            return Err(TooMany);
+        }
+        *open += 1;
+        Ok(CountedPeer(Some(network)))
+    }
+
+    /// A connection has ended.
+    pub(crate) fn close(&mut self, peer: &CountedPeer) {
+        if let Some(network) = peer.0
+            && let Some(open) = self.open.get_mut(&network)
+        {
+            *open -= 1;
+            if *open == 0 {
+                self.open.remove(&network);
+            }
+        }
+    }
+
+    /// Whether the log should say at `now` that there are too many: not for each, or the log is the next thing
+    /// to be flooded.
+    pub(crate) fn worth_saying(&mut self, now: Instant) -> bool {
+        let worth = self.said.is_none_or(|said| now.saturating_duration_since(said) >= SAY_AGAIN);
+        if worth {
+            self.said = Some(now);
+        }
+        worth
+    }
+}
+
+/// Under whose name a connection is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CountedPeer(Option<IpAddr>);
+
+/// An address has as many connections as one may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TooMany;
 
 /// Which limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -475,6 +538,39 @@ mod tests {
         assert_eq!(client("private", "127.0.0.1", &[]), "127.0.0.1");
         let unix = TrustedProxies::none().client(None, ["198.51.100.1"].into_iter());
         assert_eq!(unix, Some(ip("198.51.100.1")));
+    }
+
+    #[test]
+    fn one_address_has_so_many_connections_and_a_proxy_any_number() {
+        let mut connections = OpenConnections::new(Some(2), TrustedProxies::default());
+        let stranger = ip("2001:db8::1");
+        let first = connections.open(stranger).unwrap();
+        let second = connections.open(ip("2001:db8::2")).unwrap();
+        assert_eq!(connections.open(stranger), Err(TooMany), "one /64 is one subscriber");
+        assert!(connections.open(ip("2001:db8:0:1::1")).is_ok());
+        connections.close(&first);
+        assert!(connections.open(stranger).is_ok());
+        assert_eq!(connections.open(stranger), Err(TooMany));
+        connections.close(&second);
+        for proxy in ["127.0.0.1", "10.0.0.1", "::ffff:192.168.1.1"] {
+            let many: Vec<_> = (0..100).map(|_| connections.open(ip(proxy)).unwrap()).collect();
+            many.iter().for_each(|one| connections.close(one));
+        }
+        let mut unlimited = OpenConnections::new(None, TrustedProxies::none());
+        assert!((0..1000).all(|_| unlimited.open(stranger).is_ok()) && unlimited.open.is_empty());
+    }
+
+    #[test]
+    fn connections_that_have_ended_take_no_memory_and_the_log_is_not_flooded() {
+        let mut connections = OpenConnections::new(Some(1), TrustedProxies::none());
+        for n in 0..100 {
+            let one = connections.open(IpAddr::V4(Ipv4Addr::from(n))).unwrap();
+            connections.close(&one);
+        }
+        assert!(connections.open.is_empty());
+        let now = start();
+        let said = (0..100u64).filter(|s| connections.worth_saying(now + Duration::from_secs(*s)));
+        assert_eq!(said.count(), 10);
     }
 
     #[test]

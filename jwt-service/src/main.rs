@@ -12,8 +12,8 @@ use std::{
 };
 
 use antiphon_jwt_service::{
-    Bind, Certificate, Config, ConfigError, Listener, LogFormat, LogLevel, SETTINGS, Service, Sources,
-    TlsFiles, TwirpSfu, listen, serve_with, store,
+    Bind, Bounds, Certificate, Config, ConfigError, Listener, LogFormat, LogLevel, SETTINGS, Service,
+    Sources, TlsFiles, TwirpSfu, listen, serve_with, store,
 };
 use clap::{Arg, ArgAction, ArgMatches, Command, builder::PathBufValueParser};
 use tokio::{
@@ -172,7 +172,14 @@ fn certificate(files: TlsFiles) -> Result<Certificate, String> {
 }
 
 async fn serve(config: Config, certificate: Option<Certificate>) -> Result<(), Box<dyn Error>> {
-    let Config { settings, bind, connections, metrics, store, delegation, grace, .. } = config;
+    let Config {
+        settings, bind, connections, address_connections, metrics, store, delegation, grace, ..
+    } = config;
+    let mut bounds = Bounds::default();
+    (bounds.connections, bounds.per_address, bounds.grace) = (connections, address_connections, grace);
+    bounds.trusted_proxies = settings.limits.trusted_proxies.clone();
+    let mut operators_bounds = Bounds::default();
+    (operators_bounds.connections, operators_bounds.grace) = (METRICS_CONNECTIONS, Duration::from_secs(1));
     let sfu = TwirpSfu::new(&settings.livekit_url, &settings.key, &settings.secret)?;
     // Only a state directory fails here; a Redis server may come up later.
     let store = store::open(&store)
@@ -197,13 +204,7 @@ async fn serve(config: Config, certificate: Option<Certificate>) -> Result<(), B
             let listener = listen_for("LIVEKIT_JWT_METRICS_BIND", bind).await?;
             tracing::info!(address = %listener, "metrics");
             let router = service.operators_router();
-            Some(tokio::spawn(serve_with(
-                listener,
-                router,
-                METRICS_CONNECTIONS,
-                Duration::from_secs(1),
-                told(stopped.clone()),
-            )))
+            Some(tokio::spawn(serve_with(listener, router, operators_bounds, told(stopped.clone()))))
         }
         None => None,
     };
@@ -214,7 +215,7 @@ async fn serve(config: Config, certificate: Option<Certificate>) -> Result<(), B
         listener = listener.with_certificate(certificate);
     }
     tracing::info!(address = %listener, "listening");
-    let server = tokio::spawn(serve_with(listener, service.router(), connections, grace, told(stopped)));
+    let server = tokio::spawn(serve_with(listener, service.router(), bounds, told(stopped)));
     loop {
         tokio::select! {
             _ = terminate.recv() => break,

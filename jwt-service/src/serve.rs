@@ -5,22 +5,19 @@ use std::{
     fmt,
     future::Future,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::unix::net::UnixStream as StdUnixStream,
     path::{Path, PathBuf},
     pin::pin,
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use axum::{Router, body::Body, extract::ConnectInfo, http::Request};
-use hyper::body::Incoming;
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{
-        conn::auto,
-        graceful::{GracefulShutdown, Watcher},
-    },
+    rt::{TokioIo, TokioTimer},
+    server::graceful::{GracefulShutdown, Watcher},
     service::TowerToHyperService,
 };
 use rustls::{
@@ -36,8 +33,9 @@ use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt as _;
 
 use crate::{
-    config::{Bind, TlsFiles},
+    config::{Bind, TlsFiles, TrustedProxies},
     http::limits::LocalPeer,
+    limits::{CountedPeer, OpenConnections, TooMany},
 };
 
 /// Time for a client to send its request's headers, and how long a connection may wait for its next request:
@@ -48,8 +46,6 @@ const HEADER_TIME: Duration = Duration::from_secs(75);
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// Time for requests in progress to end after the signal to stop: one whole lookup.
 const GRACE: Duration = Duration::from_secs(30);
-/// Connections held at once.
-const CONNECTIONS: usize = 10_000;
 /// Pause after a failed accept: usually we are out of file descriptors, and trying at once changes nothing.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -235,20 +231,41 @@ pub enum CertificateError {
     },
 }
 
+/// Bounds on connections.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Bounds {
+    /// Held at once; more wait in the system's queue: 10,000.
+    pub connections: usize,
+    /// From one IPv4 address or IPv6 /64 network; more are closed at once: 500. `None`: any number.
+    pub per_address: Option<usize>,
+    /// Who may have any number, since they connect for others.
+    pub trusted_proxies: TrustedProxies,
+    /// How long requests in progress may take to end after the signal to stop: 30 s.
+    pub grace: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            connections: 10_000,
+            per_address: Some(500),
+            trusted_proxies: TrustedProxies::default(),
+            grace: GRACE,
+        }
+    }
+}
+
 /// Serves `router` on `listener` until `stop` is ready, then takes no new connections and lets requests in
-/// progress end, for at most 30 s. At most 10,000 connections at once; others wait in the system's queue.
+/// progress end. The bounds are [`Bounds::default`].
 pub async fn serve(listener: Listener, router: Router, stop: impl Future<Output = ()>) {
-    serve_with(listener, router, CONNECTIONS, GRACE, stop).await;
+    serve_with(listener, router, Bounds::default(), stop).await;
 }
 
 /// The same with other bounds.
-pub async fn serve_with(
-    listener: Listener,
-    router: Router,
-    connections: usize,
-    grace: Duration,
-    stop: impl Future<Output = ()>,
-) {
+pub async fn serve_with(listener: Listener, router: Router, bounds: Bounds, stop: impl Future<Output = ()>) {
+    let Bounds { connections, per_address, trusted_proxies, grace } = bounds;
+    let open = Arc::new(Mutex::new(OpenConnections::new(per_address, trusted_proxies)));
     let places = Arc::new(Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS)));
     let graceful = GracefulShutdown::new();
     let mut stop = pin!(stop);
@@ -269,7 +286,17 @@ pub async fn serve_with(
                 }
             },
         };
-        let connection = Connection { router: router.clone(), watcher: graceful.watcher(), _place: place };
+        let peer = match &accepted {
+            Accepted::Tcp(_, peer) => Some(peer.ip()),
+            Accepted::Unix(_) => None,
+        };
+        let Ok(counted) = Counted::new(&open, peer) else { continue };
+        let connection = Connection {
+            router: router.clone(),
+            watcher: graceful.watcher(),
+            _place: place,
+            _counted: counted,
+        };
         let acceptor = listener.certificate.as_ref().map(Certificate::acceptor);
         tokio::spawn(async move {
             match accepted {
@@ -284,11 +311,46 @@ pub async fn serve_with(
     }
 }
 
+/// A connection that counts against its address until this is dropped.
+struct Counted {
+    open: Arc<Mutex<OpenConnections>>,
+    peer: Option<CountedPeer>,
+}
+
+impl Counted {
+    /// An error if the address has enough already. The other end of a Unix socket has none.
+    fn new(open: &Arc<Mutex<OpenConnections>>, peer: Option<IpAddr>) -> Result<Self, TooMany> {
+        let counted = {
+            let mut open = lock(open);
+            let counted = peer.map(|peer| open.open(peer)).transpose();
+            if counted.is_err() && open.worth_saying(Instant::now()) {
+                tracing::warn!(address = ?peer, "too many connections from one address: turned away");
+            }
+            counted?
+        };
+        Ok(Self { open: open.clone(), peer: counted })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(peer) = &self.peer {
+            lock(&self.open).close(peer);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing between lock and unlock can leave the counts half-changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// One connection to be served.
 struct Connection {
     router: Router,
     watcher: Watcher,
     _place: OwnedSemaphorePermit,
+    _counted: Counted,
 }
 
 impl Connection {
@@ -308,8 +370,9 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();
-        server.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
+        // Not hyper-util's `auto`: it waits for the first bytes of a connection without limit.
+        let mut server = http1::Builder::new();
+        server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
         let router = self.router.map_request(move |request: Request<Incoming>| {
             let mut request = request.map(Body::new);
             match peer {
@@ -318,9 +381,8 @@ impl Connection {
             };
             request
         });
-        let connection =
-            server.serve_connection_with_upgrades(TokioIo::new(stream), TowerToHyperService::new(router));
-        if let Err(error) = self.watcher.watch(connection.into_owned()).await {
+        let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        if let Err(error) = self.watcher.watch(connection).await {
             tracing::debug!(%error, "connection ended early");
         }
     }

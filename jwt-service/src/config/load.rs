@@ -85,6 +85,13 @@ pub(super) fn config(sources: &Sources) -> Result<Config, ConfigError> {
         bind,
         tls: tls(sources)?,
         connections: count(sources, "LIVEKIT_JWT_CONNECTIONS")?.unwrap_or(10_000),
+        address_connections: Number::of(
+            sources,
+            "LIVEKIT_JWT_ADDRESS_CONNECTIONS",
+            "a number such as 500, or 0 for no limit",
+        )
+        .within(0, 10_000_000)?
+        .map_or(Some(500), |number| usize::try_from(number).ok().filter(|number| *number > 0)),
         metrics: sources.find("LIVEKIT_JWT_METRICS_BIND").map(metrics).transpose()?,
         store,
         delegation,
@@ -741,6 +748,9 @@ mod tests {
         let limits = |changes: &[(&str, &str)]| config(changes).unwrap().settings.limits;
         assert_eq!(limits(&[]), Limits::default());
         assert_eq!(limits(&[("LIVEKIT_JWT_ADDRESS_RATE", "0")]).per_address, None);
+        let connections =
+            |text| config(&[("LIVEKIT_JWT_ADDRESS_CONNECTIONS", text)]).unwrap().address_connections;
+        assert_eq!((connections(""), connections("7"), connections("0")), (Some(500), Some(7), None));
         assert_eq!(
             limits(&[("LIVEKIT_JWT_SERVER_RATE", "7"), ("LIVEKIT_JWT_SERVER_BURST", "9")]).per_server,
             Some(Rate { per_second: 7, burst: 9 })
@@ -749,6 +759,7 @@ mod tests {
             ("LIVEKIT_JWT_ADDRESS_BURST", "0"),
             ("LIVEKIT_JWT_IN_FLIGHT", "0"),
             ("LIVEKIT_JWT_CONNECTIONS", "many"),
+            ("LIVEKIT_JWT_ADDRESS_CONNECTIONS", "-1"),
             ("LIVEKIT_JWT_TOKEN_LIFETIME_SECONDS", "59"),
             ("LIVEKIT_JWT_LONGEST_DELAY_MS", "1"),
             ("LIVEKIT_JWT_SHORTEST_DELAY_MS", "2678400001"),

@@ -226,6 +226,8 @@ pub struct Config {
     pub tls: Option<TlsFiles>,
     /// Connections held at once; more wait in the system's queue.
     pub connections: usize,
+    /// Connections from one address at once, trusted proxies aside; `None`: any number.
+    pub address_connections: Option<usize>,
     /// Where to serve metrics; `None`: nowhere.
     pub metrics: Option<Bind>,
     /// Where delegated leaves are kept.

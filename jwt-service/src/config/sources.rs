@@ -258,6 +258,12 @@ pub const SETTINGS: &[Setting] = &[
         "connections held at once",
     ),
     setting(
+        ("LIVEKIT_JWT_ADDRESS_CONNECTIONS", "address_connections", "address-connections"),
+        Kind::Number,
+        "500",
+        "connections held at once from one address, trusted proxies aside; 0: no limit",
+    ),
+    setting(
         ("LIVEKIT_JWT_SHORTEST_DELAY_MS", "shortest_delay_ms", "shortest-delay-ms"),
         Kind::Number,
         "100",

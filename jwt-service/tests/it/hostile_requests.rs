@@ -53,6 +53,25 @@ async fn a_client_that_never_finishes_its_headers_is_hung_up_on() {
     server.abort();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_client_that_says_nothing_is_hung_up_on() {
+    let service = Service::new(settings(), Arc::new(FakeSfu::default())).unwrap();
+    let listener = listen(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(serve(listener, service.router(), std::future::pending()));
+    let mut answer = Vec::new();
+    // From the beginning, and after an answered request.
+    let mut silent = TcpStream::connect(address).await.unwrap();
+    silent.read_to_end(&mut answer).await.unwrap();
+    assert!(!answer.starts_with(b"HTTP/1.1 2"), "{answer:?}");
+    let mut idle = TcpStream::connect(address).await.unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    answer.clear();
+    idle.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{answer:?}");
+    server.abort();
+}
+
 #[tokio::test]
 async fn requests_beyond_the_limit_are_told_to_come_back() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -2,14 +2,16 @@
 
 use std::{fs, sync::Arc, time::Duration};
 
-use antiphon_jwt_service::{Bind, Certificate, Config, Rate, Service, Sources, listen, serve, serve_with};
+use antiphon_jwt_service::{
+    Bind, Bounds, Certificate, Config, Rate, Service, Sources, listen, serve, serve_with,
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpStream, UnixStream},
     sync::oneshot,
 };
 
-use crate::support::{FakeSfu, settings};
+use crate::support::{DEADLINE, FakeSfu, settings};
 
 const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
@@ -95,8 +97,9 @@ async fn tls_is_served_and_a_renewed_certificate_is_read_again() {
 async fn connections_beyond_the_bound_wait_their_turn() {
     let listener = listen(&Bind::loopback(0)).await.unwrap();
     let address = listener.local_addr().unwrap();
-    let server =
-        tokio::spawn(serve_with(listener, service().router(), 1, Duration::ZERO, std::future::pending()));
+    let mut bounds = Bounds::default();
+    bounds.connections = 1;
+    let server = tokio::spawn(serve_with(listener, service().router(), bounds, std::future::pending()));
     let mut first = TcpStream::connect(address).await.unwrap();
     first.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     let mut status = [0; 12];
@@ -112,4 +115,36 @@ async fn connections_beyond_the_bound_wait_their_turn() {
     second.read_to_end(&mut answer).await.unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 200"));
     server.abort();
+}
+
+#[tokio::test]
+async fn one_address_holds_so_many_connections_unless_it_is_a_proxy() {
+    for (trusted, turned_away) in [("none", true), ("private", false)] {
+        let listener = listen(&Bind::loopback(0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut bounds = Bounds::default();
+        (bounds.per_address, bounds.trusted_proxies) = (Some(1), trusted.parse().unwrap());
+        let server = tokio::spawn(serve_with(listener, service().router(), bounds, std::future::pending()));
+        let mut first = TcpStream::connect(address).await.unwrap();
+        first.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        first.read_exact(&mut [0; 12]).await.unwrap();
+        let ask = async || {
+            let mut another = TcpStream::connect(address).await.unwrap();
+            let mut answer = Vec::new();
+            // One that is turned away may be closed before all is written.
+            let _ = another.write_all(REQUEST).await;
+            let _ = another.read_to_end(&mut answer).await;
+            answer.is_empty()
+        };
+        assert_eq!(ask().await, turned_away, "{trusted}");
+        drop(first);
+        // Its place is free as soon as its end is noticed.
+        let freed = async {
+            while ask().await {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, freed).await.expect("in time");
+        server.abort();
+    }
 }
