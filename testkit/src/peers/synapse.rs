@@ -24,12 +24,30 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 pub struct SynapseOptions {
     /// The authorisation service that the homeserver offers under `rtc/transports` (MSC4143). None: no transport.
     pub rtc_service_url: Option<String>,
+    /// The token of an application service that is interested in all users and is sent nothing. None: there is none.
+    pub application_service_token: Option<String>,
+    /// Whether it speaks to other Synapses on loopback, whose self-signed certificates it then takes.
+    pub federates: bool,
 }
 
 impl SynapseOptions {
     /// Offers this authorisation service to clients.
     pub fn with_rtc_service(url: impl Into<String>) -> Self {
-        Self { rtc_service_url: Some(url.into()) }
+        Self { rtc_service_url: Some(url.into()), ..Self::default() }
+    }
+
+    /// The same, with an application service that is interested in all users and has this token.
+    #[must_use]
+    pub fn and_application_service(mut self, token: impl Into<String>) -> Self {
+        self.application_service_token = Some(token.into());
+        self
+    }
+
+    /// The same, federating with other Synapses on loopback.
+    #[must_use]
+    pub fn and_federation(mut self) -> Self {
+        self.federates = true;
+        self
     }
 }
 
@@ -41,6 +59,7 @@ pub struct Synapse {
     federation_port: u16,
     shared_secret: String,
     certificate: String,
+    signing_key: String,
     http: reqwest::Client,
     // Last: the folder must outlive the process.
     _folder: TempDir,
@@ -71,15 +90,14 @@ impl Synapse {
         let shared_secret = secret();
         let (certificate, key) = self_signed().map_err(std::io::Error::other).map_err(machine())?;
         let config = config(client_port, federation_port, &shared_secret, &options);
+        let signing_key = format!("ed25519 a_test {}\n", STANDARD_NO_PAD.encode(rand::random::<[u8; 32]>()));
         for (name, content) in [
             // JSON is YAML.
             ("homeserver.yaml", format!("{config:#}")),
             ("tls.crt", certificate.clone()),
             ("tls.key", key),
-            (
-                "signing.key",
-                format!("ed25519 a_test {}\n", STANDARD_NO_PAD.encode(rand::random::<[u8; 32]>())),
-            ),
+            ("signing.key", signing_key.clone()),
+            ("application_service.yaml", format!("{:#}", application_service(&options))),
         ] {
             std::fs::write(folder.path().join(name), content).map_err(machine())?;
         }
@@ -90,8 +108,16 @@ impl Synapse {
             .build()
             .map_err(std::io::Error::other)
             .map_err(machine())?;
-        let mut synapse =
-            Self { process, client_port, federation_port, shared_secret, certificate, http, _folder: folder };
+        let mut synapse = Self {
+            process,
+            client_port,
+            federation_port,
+            shared_secret,
+            certificate,
+            signing_key,
+            http,
+            _folder: folder,
+        };
         synapse.until_ready().await?;
         Ok(synapse)
     }
@@ -114,6 +140,11 @@ impl Synapse {
     /// The self-signed certificate of the federation listener, PEM, for whoever must trust it.
     pub fn certificate_pem(&self) -> &str {
         &self.certificate
+    }
+
+    /// The content of its signing key file, for whoever must sign in its name.
+    pub fn signing_key(&self) -> &str {
+        &self.signing_key
     }
 
     /// Registers a user by the shared secret; the answer is a logged-in device.
@@ -164,11 +195,28 @@ impl Synapse {
     /// # Errors
     /// [`PeerError::Refused`] with Synapse's answer.
     pub async fn join(&self, member: &Session, room: &str) -> Result<(), PeerError> {
+        self.join_via(member, room, None).await
+    }
+
+    /// Joins a public room that `server` has, if one is given, or else this server.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`] with Synapse's answer.
+    pub async fn join_via(
+        &self,
+        member: &Session,
+        room: &str,
+        server: Option<&str>,
+    ) -> Result<(), PeerError> {
         let mut url =
             reqwest::Url::parse(&self.url()).map_err(|error| self.refused("join", &error.to_string()))?;
         // The id may hold any character, and each belongs into one segment.
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.extend(["_matrix", "client", "v3", "join", room]);
+        }
+        if let Some(server) = server {
+            // The older name beside the newer.
+            url.query_pairs_mut().append_pair("server_name", server).append_pair("via", server);
         }
         let request = self.http.post(url).bearer_auth(&member.access_token).json(&json!({}));
         self.call(request, "join").await.map(drop)
@@ -227,6 +275,15 @@ fn self_signed() -> Result<(String, String), rcgen::Error> {
     Ok((made.cert.pem(), made.signing_key.serialize_pem()))
 }
 
+/// The registration of an application service that may ask about every room with a user of ours in it.
+fn application_service(options: &SynapseOptions) -> Value {
+    json!({
+        "id": "test", "url": null, "as_token": options.application_service_token, "hs_token": secret(),
+        "sender_localpart": "_test", "rate_limited": false,
+        "namespaces": {"users": [{"exclusive": false, "regex": "@.*"}], "rooms": [], "aliases": []},
+    })
+}
+
 fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: &SynapseOptions) -> Value {
     let listener = |port: u16, tls: bool| {
         json!({"port": port, "type": "http", "tls": tls, "bind_addresses": ["127.0.0.1"],
@@ -283,6 +340,12 @@ fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: 
         "rc_user_directory",
     ] {
         config[limit] = fast.clone();
+    }
+    if options.application_service_token.is_some() {
+        config["app_service_config_files"] = json!(["application_service.yaml"]);
+    }
+    if options.federates {
+        config["federation_verify_certificates"] = json!(false);
     }
     if let Some(url) = &options.rtc_service_url {
         config["matrix_rtc"] = json!({"transports": [{"type": "livekit", "livekit_service_url": url}]});
