@@ -48,9 +48,32 @@ impl TokenSigner {
         let video = VideoGrant {
             room: Some(alias.as_str()),
             room_join: true,
-            can_publish: true,
+            can_publish: Some(true),
             can_subscribe: true,
             can_update_own_metadata: true,
+            ..VideoGrant::default()
+        };
+        self.sign(Some(identity.as_str()), video, now, lifetime)
+    }
+
+    /// The token that a homeserver gives (MSC4195, §Access token properties): without the right to change one's
+    /// own metadata, which no client needs, and with the right to publish for the homeserver's own users alone.
+    ///
+    /// # Errors
+    /// [`TokenError::Sign`] if the signature cannot be made.
+    pub(crate) fn join_from_homeserver(
+        &self,
+        identity: &ParticipantIdentity,
+        alias: &RoomAlias,
+        publish: bool,
+        now: SystemTime,
+        lifetime: Duration,
+    ) -> Result<String, TokenError> {
+        let video = VideoGrant {
+            room: Some(alias.as_str()),
+            room_join: true,
+            can_publish: Some(publish),
+            can_subscribe: true,
             ..VideoGrant::default()
         };
         self.sign(Some(identity.as_str()), video, now, lifetime)
@@ -140,8 +163,9 @@ struct VideoGrant<'a> {
     room_admin: bool,
     #[serde(skip_serializing_if = "is_false")]
     room_join: bool,
-    #[serde(skip_serializing_if = "is_false")]
-    can_publish: bool,
+    /// Written out when it is false: LiveKit takes an absent one for true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    can_publish: Option<bool>,
     #[serde(skip_serializing_if = "is_false")]
     can_subscribe: bool,
     #[serde(skip_serializing_if = "is_false")]
@@ -193,6 +217,25 @@ mod tests {
                 },
             })
         );
+    }
+
+    #[test]
+    fn a_homeservers_token_lets_its_own_users_alone_publish() {
+        let alias = RoomAlias::of_slot("!r:hs", "s");
+        let identity = ParticipantIdentity::of_membership("@a:hs", "m");
+        for publish in [true, false] {
+            let token = signer()
+                .join_from_homeserver(&identity, &alias, publish, at(1_700_000_000), Duration::from_secs(60))
+                .unwrap();
+            let (_, claims) = parts(&token);
+            assert_eq!(claims["exp"], 1_700_000_060);
+            assert_eq!(
+                claims["video"],
+                json!({
+                    "roomJoin": true, "room": alias.as_str(), "canPublish": publish, "canSubscribe": true,
+                })
+            );
+        }
     }
 
     #[test]

@@ -23,7 +23,10 @@ pub use self::{
     sources::{SETTINGS, Setting, Sources},
 };
 pub use crate::limits::{Network, Rate, TrustedProxies};
-use crate::{delegation::DelegationConfig, openid::ServerName, secret::Secret, store::StoreConfig};
+use crate::{
+    delegation::DelegationConfig, homeserver_side::HomeserverSide, openid::ServerName, secret::Secret,
+    store::StoreConfig,
+};
 
 /// Everything a [`Service`](crate::Service) needs to know.
 #[derive(Clone, Debug)]
@@ -44,6 +47,8 @@ pub struct Settings {
     pub private_homeservers: BTreeSet<String>,
     /// Client-server API base URLs by server name in lower case, in place of discovery.
     pub cs_api_url_overrides: BTreeMap<String, Url>,
+    /// The homeserver for which the endpoints of the newest MSC4195 are served; `None`: they are not there.
+    pub homeserver: Option<HomeserverSide>,
     /// How long a client's token is valid: one hour.
     pub token_lifetime: Duration,
     /// Bounds on what one request, and all together, may use.
@@ -62,6 +67,7 @@ impl Settings {
             insecure_skip_verify_tls: TlsPolicy::Verify,
             private_homeservers: BTreeSet::new(),
             cs_api_url_overrides: BTreeMap::new(),
+            homeserver: None,
             token_lifetime: Duration::from_hours(1),
             limits: Limits::default(),
         }
