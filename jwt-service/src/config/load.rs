@@ -846,6 +846,10 @@ mod tests {
         // What a URL's query holds may be a secret as well.
         let query = self::sources(&[("LIVEKIT_REDIS_URL", "redis://h?password=hunter2")], FILE).unwrap();
         assert!(!Config::print(&query).contains("hunter2"));
+        let homeserver = Sources::from_env(&|name| {
+            (name == "LIVEKIT_JWT_HOMESERVER_URL").then(|| "https://u:hunter2@hs".to_owned())
+        });
+        assert!(!Config::print(&homeserver).contains("hunter2"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -32,7 +32,10 @@ const MAX_ANSWER: usize = 128 * 1024;
 /// The largest list of members: a room of a hundred thousand.
 const MAX_MEMBERS: usize = 16 * 1024 * 1024;
 /// Lists of members that are read at a time, because each takes memory here and work at the homeserver.
-const LISTS: usize = 8;
+const LISTS: usize = 4;
+/// Time to fetch a server's keys: less than its caller has, so that a failure is remembered and not repeated for
+/// every request.
+const KEYS_TIME: Duration = Duration::from_secs(10);
 /// The endpoint's path at other servers: the one before MSC4195 is accepted first, for that is what there is.
 const GET_TOKEN: [&str; 2] = [
     "/_matrix/federation/unstable/io.element.msc4195/rtc/livekit/get_token",
@@ -200,7 +203,8 @@ impl Homeserver {
         if let Some(keys) = known(cached()) {
             return Ok(keys);
         }
-        let fetched = self.fetch_keys(origin).await;
+        let fetched = tokio::time::timeout(KEYS_TIME, self.fetch_keys(origin)).await;
+        let fetched = fetched.unwrap_or(Err(AskError::Lookup(LookupError::TimedOut)));
         let published = fetched.as_ref().ok().cloned();
         lock(&self.keys).remember(origin, published, SystemTime::now());
         let keys = fetched.inspect_err(|error| {

@@ -1,13 +1,13 @@
 //! `POST /_matrix/client/v1/rtc/livekit/delegate_delayed_leave` (MSC4195): takes a member's delayed leave over.
 //!
 //! The request does not say how long the delay is; the homeserver does, and it also says whose event it is. So
-//! nobody delegates what is not theirs.
+//! nobody delegates what is not theirs. A service without a store does not offer this.
 
 use std::sync::Arc;
 
 use axum::{
     extract::{Request, State},
-    http::Method,
+    http::{Method, StatusCode},
     response::{IntoResponse, Response},
 };
 
@@ -23,13 +23,17 @@ use crate::{
 };
 
 pub(super) async fn delegate_delayed_leave(State(service): State<Arc<Inner>>, request: Request) -> Response {
-    if let Some(answer) = other_than_post(request.method()).filter(|_| {
-        // Without a store it is not offered, and 404 says so for every method but a preflight.
-        service.delegation.is_some() || request.method() == Method::OPTIONS
-    }) {
+    let Some(delegation) = &service.delegation else {
+        // A preflight must succeed, or the page never sees the 404 behind it.
+        return if request.method() == Method::OPTIONS {
+            StatusCode::OK.into_response()
+        } else {
+            Refusal::Unrecognized.into_response()
+        };
+    };
+    if let Some(answer) = other_than_post(request.method()) {
         return answer;
     }
-    let Some(delegation) = &service.delegation else { return Refusal::Unrecognized.into_response() };
     answer(&service, delegation, request).await.map(|()| "{}").into_response()
 }
 
