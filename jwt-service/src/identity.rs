@@ -46,6 +46,12 @@ impl ParticipantIdentity {
         Self(hash(&[user_id, device_id, member_id]))
     }
 
+    /// The pseudonymous identity `H(user_id, member_id)` of the MSC4195 text in which homeservers issue tokens:
+    /// member IDs are random there, so the device adds nothing.
+    pub fn of_membership(user_id: &str, member_id: &str) -> Self {
+        Self(hash(&[user_id, member_id]))
+    }
+
     /// The plain-text identity of `/sfu/get`: `user_id:device_id`.
     ///
     /// `None` if the result could be read as somebody else's: with the device `8448:D`, `@a:hs` would become
@@ -117,6 +123,12 @@ mod tests {
             let identity = ParticipantIdentity::of_member(user, device, member);
             assert_eq!(identity.as_str(), expected, "{user} {device} {member}");
         }
+    }
+
+    #[test]
+    fn an_identity_without_device_matches_the_published_vector() {
+        let identity = ParticipantIdentity::of_membership("@alice:example.com", "memberABC");
+        assert_eq!(identity.as_str(), "M3VnsLXrkbxIDINXO64u8PZzFyD9ZYFiQULR2dshWYs");
     }
 
     #[test]

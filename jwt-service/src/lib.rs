@@ -5,9 +5,12 @@
 //! LiveKit token.
 //!
 //! What it refuses to do: follow a stranger's server name to private addresses, follow redirects with a token
-//! in hand, wait without limit, or write tokens and Matrix IDs to its log. What it cannot do:
+//! in hand, wait without limit, or write tokens and Matrix IDs to its log. What it cannot do with OpenID tokens:
 //! check room membership. Any user of any homeserver gets a token for any room they can name; the media are
 //! protected by their end-to-end encryption alone.
+//!
+//! With [`Settings::homeserver`] it also answers what the newest MSC4195 asks of a homeserver: there users show
+//! their access token, and must be in the room.
 //!
 //! The binary `jwt-service` is configured with environment variables ([`Config::from_env`]). As a library,
 //! mount [`Service::router`] wherever you like:
@@ -33,6 +36,7 @@ pub mod delegation;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod homeserver_side;
 mod http;
 mod identity;
 mod limits;
@@ -55,6 +59,7 @@ pub use self::{
         SETTINGS, Setting, Settings, Sources, TlsFiles, TlsPolicy, TrustedProxies, Warning,
     },
     delegation::{DelegationConfig, Leave},
+    homeserver_side::{BadSigningKey, HomeserverSide, SigningKey},
     identity::{LEGACY_SLOT, ParticipantIdentity, RoomAlias},
     openid::{Host, InvalidServerName, Resolve, ResolveError, ServerName, SrvRecord, SystemResolver},
     secret::Secret,
@@ -64,6 +69,7 @@ pub use self::{
 };
 use self::{
     delegation::{Delegation, Input, JobKey},
+    homeserver_side::Homeserver,
     http::{Replays, error::Refusal, limits::Limiter, readyz::Readiness},
     metrics::{CountedSfu, CountedStore, Metrics},
     openid::Verifier,
@@ -82,6 +88,7 @@ pub(crate) struct Inner {
     verifier: Arc<Verifier>,
     places: Semaphore,
     delegation: Option<Delegation>,
+    homeserver: Option<Homeserver>,
     replays: Replays,
     limiter: Limiter,
     metrics: Metrics,
@@ -168,6 +175,7 @@ impl Service {
         let readiness = Readiness::new(sfu.clone(), store, metrics.clone());
         let delegation =
             delegation.map(|(store, config)| Delegation::start(config, sfu.clone(), store, verifier.clone()));
+        let homeserver = settings.homeserver.clone().map(|side| Homeserver::new(side, verifier.clone()));
         let replays = Replays::default();
         Ok(Self(Arc::new(Inner {
             settings,
@@ -176,6 +184,7 @@ impl Service {
             verifier,
             places,
             delegation,
+            homeserver,
             replays,
             limiter,
             metrics,
@@ -230,7 +239,8 @@ impl Service {
     }
 
     /// The endpoints, without a path prefix: `/get_token`, `/sfu/get`, `/delegate_delayed_leave`, `/healthz`,
-    /// `/readyz`, and with a store `/sfu_webhook`.
+    /// `/readyz`, and with a store `/sfu_webhook`. With [`Settings::homeserver`] also those of the newest
+    /// MSC4195, at their full paths below `/_matrix`.
     ///
     /// The limit per address needs to know addresses: a server that is not [`serve`] adds them with
     /// `into_make_service_with_connect_info::<SocketAddr>()`.

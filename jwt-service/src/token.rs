@@ -79,6 +79,28 @@ impl TokenSigner {
         self.sign(Some(identity.as_str()), video, now, lifetime)
     }
 
+    /// The token that a homeserver gives (MSC4195, §Access token properties): without the right to change one's
+    /// own metadata, which no client needs.
+    ///
+    /// # Errors
+    /// [`TokenError::Sign`] if the signature cannot be made.
+    pub(crate) fn join_from_homeserver(
+        &self,
+        identity: &ParticipantIdentity,
+        alias: &RoomAlias,
+        now: SystemTime,
+        lifetime: Duration,
+    ) -> Result<String, TokenError> {
+        let video = VideoGrant {
+            room: Some(alias.as_str()),
+            room_join: true,
+            can_publish: Some(true),
+            can_subscribe: true,
+            ..VideoGrant::default()
+        };
+        self.sign(Some(identity.as_str()), video, now, lifetime)
+    }
+
     /// The token with which this service asks the SFU to create rooms, valid for six hours from `now`.
     ///
     /// # Errors
@@ -163,6 +185,7 @@ struct VideoGrant<'a> {
     room_admin: bool,
     #[serde(skip_serializing_if = "is_false")]
     room_join: bool,
+    /// Written out when it is false: LiveKit takes an absent one for true.
     #[serde(skip_serializing_if = "Option::is_none")]
     can_publish: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -233,6 +256,20 @@ mod tests {
                 "roomJoin": true, "room": alias.as_str(),
                 "canPublish": false, "canPublishData": false, "canSubscribe": true,
             })
+        );
+    }
+
+    #[test]
+    fn a_homeservers_token_does_not_let_change_metadata() {
+        let alias = RoomAlias::of_slot("!r:hs", "s");
+        let identity = ParticipantIdentity::of_membership("@a:hs", "m");
+        let (now, lifetime) = (at(1_700_000_000), Duration::from_secs(60));
+        let token = signer().join_from_homeserver(&identity, &alias, now, lifetime).unwrap();
+        let (_, claims) = parts(&token);
+        assert_eq!(claims["exp"], 1_700_000_060);
+        assert_eq!(
+            claims["video"],
+            json!({ "roomJoin": true, "room": alias.as_str(), "canPublish": true, "canSubscribe": true })
         );
     }
 

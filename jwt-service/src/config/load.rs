@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     delegation::DelegationConfig,
+    homeserver_side::{BadSigningKey, HomeserverSide},
     openid::ServerName,
     secret::Secret,
     sfu,
@@ -73,6 +74,7 @@ pub(super) fn config(sources: &Sources) -> Result<Config, ConfigError> {
         sources.find("LIVEKIT_PRIVATE_HOMESERVERS").map(|found| names(found.text)).unwrap_or_default();
     settings.cs_api_url_overrides = cs_api_url_overrides;
     settings.delayed_event_tokens = delayed_event_tokens(sources)?;
+    settings.homeserver = homeserver(sources)?;
     if let Some(seconds) =
         Number::of(sources, "LIVEKIT_JWT_TOKEN_LIFETIME_SECONDS", "60 to 86400").within(60, 86400)?
     {
@@ -172,6 +174,61 @@ fn read(found: &Found<'_>) -> Result<Secret, ConfigError> {
         path,
         source,
     })
+}
+
+/// The homeserver to answer for, if its name is set; the rest needs it.
+fn homeserver(sources: &Sources) -> Result<Option<HomeserverSide>, ConfigError> {
+    const NAME: &str = "LIVEKIT_JWT_HOMESERVER_NAME";
+    const URL: &str = "LIVEKIT_JWT_HOMESERVER_URL";
+    let as_token = sources.find("LIVEKIT_JWT_HOMESERVER_AS_TOKEN_FILE");
+    let signing_key = sources.find("LIVEKIT_JWT_HOMESERVER_SIGNING_KEY_FILE");
+    let (name, url) = match (sources.find(NAME), sources.find(URL)) {
+        (Some(name), Some(url)) => (name, url),
+        (Some(name), None) => return Err(ConfigError::Alone(name.place, URL)),
+        (None, url) => {
+            return match url.or(as_token).or(signing_key) {
+                Some(found) => Err(ConfigError::Alone(found.place, NAME)),
+                None => Ok(None),
+            };
+        }
+    };
+    let server = name.text.parse().map_err(|_| {
+        name.malformed(
+            format_args!("{:?} is not a server name", name.text),
+            "what comes after the colon in your users' Matrix IDs, such as example.com",
+        )
+    })?;
+    // Not quoted: it may hold a password, which is one of the reasons to refuse it.
+    let base = Url::parse(url.text).ok().filter(|base| {
+        let plain = base.username().is_empty()
+            && base.password().is_none()
+            && base.query().is_none()
+            && base.fragment().is_none();
+        matches!(base.scheme(), "http" | "https") && base.has_host() && plain
+    });
+    let base = base.ok_or_else(|| {
+        url.malformed(
+            "not an address to which API paths can be appended",
+            "the client-server API as it is reached from here, such as http://127.0.0.1:8008",
+        )
+    })?;
+    let mut side = HomeserverSide::new(server, base);
+    if let Some(found) = as_token {
+        let token = Secret::new(read(&found)?.expose().trim());
+        if token.is_empty() || !token.expose().bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(
+                found.malformed("the file does not hold a token", "the as_token of the registration into it")
+            );
+        }
+        side.application_service_token = Some(token);
+    }
+    if let Some(found) = signing_key {
+        let key = read(&found)?.expose().parse();
+        side.signing_key = Some(key.map_err(|problem: BadSigningKey| {
+            found.malformed(problem, "the path of the homeserver's signing key, Synapse's signing_key_path")
+        })?);
+    }
+    Ok(Some(side))
 }
 
 fn livekit_url(sources: &Sources) -> Result<String, ConfigError> {
@@ -535,6 +592,53 @@ mod tests {
     }
 
     #[test]
+    fn the_homeservers_side_is_off_until_its_name_and_url_are_set() {
+        const NAME: (&str, &str) = ("LIVEKIT_JWT_HOMESERVER_NAME", "example.com");
+        const URL: (&str, &str) = ("LIVEKIT_JWT_HOMESERVER_URL", "http://127.0.0.1:8008");
+        assert!(config(&[]).unwrap().settings.homeserver.is_none());
+        let side = config(&[NAME, URL]).unwrap().settings.homeserver.unwrap();
+        assert_eq!((side.name.as_str(), side.url.as_str()), ("example.com", "http://127.0.0.1:8008/"));
+        assert!(side.application_service_token.is_none() && side.signing_key.is_none());
+
+        let token = file("hunter2\r\n");
+        let token = ("LIVEKIT_JWT_HOMESERVER_AS_TOKEN_FILE", token.path().to_str().unwrap());
+        let seed = format!("ed25519 a_key {}\n", "A".repeat(43));
+        let key = file(&seed);
+        let key = ("LIVEKIT_JWT_HOMESERVER_SIGNING_KEY_FILE", key.path().to_str().unwrap());
+        let side = config(&[NAME, URL, token, key]).unwrap().settings.homeserver.unwrap();
+        assert_eq!(side.application_service_token.as_ref().map(Secret::expose), Some("hunter2"));
+        assert!(side.signing_key.is_some());
+        assert!(!format!("{side:?}").contains("hunter2"));
+
+        for (alone, other) in [(NAME, URL.0), (URL, NAME.0), (token, NAME.0), (key, NAME.0)] {
+            let text = refused(&[alone]);
+            assert_eq!(text, format!("{} is set and {other} is not; set both or neither", alone.0));
+        }
+        let spoilt = [("LIVEKIT_JWT_HOMESERVER_NAME", "@a:b"), ("LIVEKIT_JWT_HOMESERVER_NAME", "https://hs")];
+        for spoilt in spoilt {
+            let text = refused(&[spoilt, URL]);
+            assert!(
+                text.starts_with("LIVEKIT_JWT_HOMESERVER_NAME: ") && text.contains("; write what"),
+                "{text}"
+            );
+        }
+        for url in ["127.0.0.1:8008", "ftp://hs", "https://u:hunter2@hs", "https://hs/?a"] {
+            let text = refused(&[NAME, ("LIVEKIT_JWT_HOMESERVER_URL", url)]);
+            assert!(text.starts_with("LIVEKIT_JWT_HOMESERVER_URL: not an address"), "{text}");
+        }
+        for content in ["", "two words", "h\u{fc}nter"] {
+            let spoilt = file(content);
+            let text = refused(&[NAME, URL, (token.0, spoilt.path().to_str().unwrap())]);
+            assert!(text.starts_with("LIVEKIT_JWT_HOMESERVER_AS_TOKEN_FILE: the file"), "{text}");
+        }
+        let spoilt = file("ed25519 hunter2");
+        let text = refused(&[NAME, URL, (key.0, spoilt.path().to_str().unwrap())]);
+        assert!(text.starts_with("LIVEKIT_JWT_HOMESERVER_SIGNING_KEY_FILE: the first line is not"), "{text}");
+        let text = refused(&[NAME, URL, (key.0, "/nowhere")]);
+        assert!(text.contains("cannot be read"), "{text}");
+    }
+
+    #[test]
     fn the_full_access_list_is_split_and_the_star_stands_alone() {
         let list = |text| config(&[("LIVEKIT_FULL_ACCESS_HOMESERVERS", text)]).unwrap().settings.full_access;
         let only = |names: &[&str]| FullAccess::Only(names.iter().map(|n| (*n).to_owned()).collect());
@@ -878,6 +982,10 @@ mod tests {
         // What a URL's query holds may be a secret as well.
         let query = self::sources(&[("LIVEKIT_REDIS_URL", "redis://h?password=hunter2")], FILE).unwrap();
         assert!(!Config::print(&query).contains("hunter2"));
+        let homeserver = Sources::from_env(&|name| {
+            (name == "LIVEKIT_JWT_HOMESERVER_URL").then(|| "https://u:hunter2@hs".to_owned())
+        });
+        assert!(!Config::print(&homeserver).contains("hunter2"));
     }
 
     #[test]

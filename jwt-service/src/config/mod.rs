@@ -25,7 +25,10 @@ pub use self::{
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::{load::properties::lists_of_servers, sources::properties::settings_file};
 pub use crate::limits::{Network, Rate, TrustedProxies};
-use crate::{delegation::DelegationConfig, openid::ServerName, secret::Secret, store::StoreConfig};
+use crate::{
+    delegation::DelegationConfig, homeserver_side::HomeserverSide, openid::ServerName, secret::Secret,
+    store::StoreConfig,
+};
 
 /// Everything a [`Service`](crate::Service) needs to know.
 #[derive(Clone, Debug)]
@@ -54,6 +57,8 @@ pub struct Settings {
     /// Access tokens for restarting and sending delayed events, by server name in lower case, for homeservers
     /// that want one beside the delay id.
     pub delayed_event_tokens: BTreeMap<String, Secret>,
+    /// The homeserver for which the endpoints of the newest MSC4195 are served; `None`: they are not there.
+    pub homeserver: Option<HomeserverSide>,
     /// How long a client's token is valid: one hour.
     pub token_lifetime: Duration,
     /// Bounds on what one request, and all together, may use.
@@ -75,6 +80,7 @@ impl Settings {
             private_homeservers: BTreeSet::new(),
             cs_api_url_overrides: BTreeMap::new(),
             delayed_event_tokens: BTreeMap::new(),
+            homeserver: None,
             token_lifetime: Duration::from_hours(1),
             limits: Limits::default(),
         }

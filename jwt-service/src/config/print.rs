@@ -32,7 +32,9 @@ pub(super) fn print(sources: &Sources) -> String {
 fn shown(setting: &Setting, value: &str) -> String {
     match setting.variable {
         "LIVEKIT_SECRET" => quoted(REDACTED),
-        "LIVEKIT_REDIS_URL" | "LIVEKIT_URL" => quoted(&without_password(value)),
+        "LIVEKIT_REDIS_URL" | "LIVEKIT_URL" | "LIVEKIT_JWT_HOMESERVER_URL" => {
+            quoted(&without_password(value))
+        }
         _ => match setting.kind {
             Kind::Number if value.parse::<u64>().is_ok_and(|n| n.to_string() == value) => value.to_owned(),
             Kind::List => {

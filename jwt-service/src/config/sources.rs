@@ -204,6 +204,34 @@ pub const SETTINGS: &[Setting] = &[
         "YES_I_KNOW_WHAT_I_AM_DOING: no checks of homeservers' certificates and addresses",
     ),
     setting(
+        ("LIVEKIT_JWT_HOMESERVER_NAME", "homeserver_name", "homeserver-name"),
+        Kind::Text,
+        "",
+        "serve the newest MSC4195's endpoints for the homeserver with this server name",
+    ),
+    setting(
+        ("LIVEKIT_JWT_HOMESERVER_URL", "homeserver_url", "homeserver-url"),
+        Kind::Text,
+        "",
+        "its client-server API as reached from here, such as http://127.0.0.1:8008",
+    ),
+    setting(
+        ("LIVEKIT_JWT_HOMESERVER_AS_TOKEN_FILE", "homeserver_as_token_file", "homeserver-as-token-file"),
+        Kind::Text,
+        "",
+        "path of a file with the as_token of its application service: serve other homeservers' users",
+    ),
+    setting(
+        (
+            "LIVEKIT_JWT_HOMESERVER_SIGNING_KEY_FILE",
+            "homeserver_signing_key_file",
+            "homeserver-signing-key-file",
+        ),
+        Kind::Text,
+        "",
+        "path of its signing key: get its users tokens for other homeservers' SFUs",
+    ),
+    setting(
         ("LIVEKIT_JWT_TOKEN_LIFETIME_SECONDS", "token_lifetime_seconds", "token-lifetime-seconds"),
         Kind::Number,
         "3600",

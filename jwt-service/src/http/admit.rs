@@ -110,11 +110,7 @@ impl Inner {
             find_client_api(delegation, &params.server).await?;
         }
         if full_access {
-            let room = self.sfu.create_room(alias.as_str()).await.map_err(|error| {
-                tracing::error!(cause = causes(&error), %alias, "no room on the SFU");
-                Refusal::Internal
-            })?;
-            tracing::debug!(%alias, sid = room.sid, "room is there");
+            self.make_room(&alias).await?;
         }
         let with_leave = delegated.is_some();
         if let Some((delegation, params)) = delegated {
@@ -128,6 +124,18 @@ impl Inner {
         // The Matrix ID stays out of the log: next to the identity it would undo the pseudonym.
         tracing::info!(server_name, %alias, full_access, with_leave, "token issued");
         Ok(Admission { url: &settings.livekit_url, jwt })
+    }
+}
+
+impl Inner {
+    /// Makes the room exist on the SFU.
+    pub(super) async fn make_room(&self, alias: &RoomAlias) -> Result<(), Refusal> {
+        let room = self.sfu.create_room(alias.as_str()).await.map_err(|error| {
+            tracing::error!(cause = causes(&error), %alias, "no room on the SFU");
+            Refusal::Internal
+        })?;
+        tracing::debug!(%alias, sid = room.sid, "room is there");
+        Ok(())
     }
 }
 

@@ -34,6 +34,68 @@ pub(crate) enum Refusal {
     ServerNotAllowed,
     Unrecognized,
     Internal,
+    /// The refusals of the homeserver's side (MSC4195), in the words of the Matrix specification.
+    Homeserver(HomeserverRefusal),
+}
+
+/// Why a request to the homeserver's side is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HomeserverRefusal {
+    Method,
+    MissingToken,
+    UnknownToken {
+        soft_logout: bool,
+    },
+    ServerUnauthorized,
+    Forbidden,
+    BadJson,
+    MissingParam(&'static str),
+    InvalidParam(&'static str),
+    /// Another server, ours included, did not do its part.
+    Upstream,
+}
+
+impl HomeserverRefusal {
+    fn parts(self) -> (StatusCode, &'static str, &'static str) {
+        match self {
+            Self::Method => {
+                (StatusCode::METHOD_NOT_ALLOWED, "M_UNRECOGNIZED", "This endpoint takes POST alone")
+            }
+            Self::MissingToken => (StatusCode::UNAUTHORIZED, "M_MISSING_TOKEN", "Missing access token"),
+            Self::UnknownToken { .. } => {
+                (StatusCode::UNAUTHORIZED, "M_UNKNOWN_TOKEN", "The homeserver does not know the access token")
+            }
+            Self::ServerUnauthorized => {
+                (StatusCode::UNAUTHORIZED, "M_UNAUTHORIZED", "The request's signature was not verified")
+            }
+            // The same for a room that is not there: who is not in it need not know.
+            Self::Forbidden => (StatusCode::FORBIDDEN, "M_FORBIDDEN", "The user is not in the room"),
+            Self::BadJson => {
+                (StatusCode::BAD_REQUEST, "M_BAD_JSON", "The body does not have this endpoint's types")
+            }
+            Self::MissingParam(name) => (StatusCode::BAD_REQUEST, "M_MISSING_PARAM", name),
+            Self::InvalidParam(sentence) => (StatusCode::BAD_REQUEST, "M_INVALID_PARAM", sentence),
+            Self::Upstream => (
+                StatusCode::BAD_GATEWAY,
+                "M_UNKNOWN",
+                "Another server did not do its part: the operator finds the reason in the log",
+            ),
+        }
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Method => "method",
+            Self::MissingToken => "missing_token",
+            Self::UnknownToken { .. } => "unknown_token",
+            Self::ServerUnauthorized => "server_unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::BadJson => "bad_json",
+            Self::MissingParam(_) => "missing_parameter",
+            Self::InvalidParam(_) => "invalid_parameter",
+            Self::Upstream => "upstream",
+        }
+    }
 }
 
 impl Refusal {
@@ -111,6 +173,7 @@ impl Refusal {
                 "M_UNKNOWN",
                 "The service could not prepare the call: its operator finds the reason in its log",
             ),
+            Self::Homeserver(refusal) => refusal.parts(),
         }
     }
 }
@@ -120,6 +183,16 @@ impl Refusal {
     pub(super) fn body(self, request_id: Option<&str>) -> String {
         let (_, errcode, error) = self.parts();
         let mut body = serde_json::json!({ "errcode": errcode, "error": error });
+        match self {
+            Self::Homeserver(HomeserverRefusal::MissingParam(name)) => {
+                body["error"] = format!("{name} is needed").into();
+            }
+            // Clients keep their keys when they can log in again to the same session.
+            Self::Homeserver(HomeserverRefusal::UnknownToken { soft_logout: true }) => {
+                body["soft_logout"] = true.into();
+            }
+            _ => {}
+        }
         if let Some(id) = request_id {
             body["request_id"] = id.into();
         }
@@ -150,6 +223,7 @@ impl Refusal {
             Self::ServerNotAllowed => "server_not_allowed",
             Self::Unrecognized => "unrecognized",
             Self::Internal => "internal",
+            Self::Homeserver(refusal) => refusal.label(),
         }
     }
 

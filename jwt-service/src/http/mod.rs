@@ -5,6 +5,7 @@ mod delegate_delayed_leave;
 pub(crate) mod error;
 mod get_token;
 mod healthz;
+mod homeserver_side;
 mod intake;
 mod json;
 pub(crate) mod limits;
@@ -34,6 +35,7 @@ pub(crate) fn router(service: Arc<Inner>) -> Router {
     if service.delegation.is_some() {
         router = router.route("/sfu_webhook", any(sfu_webhook::sfu_webhook));
     }
+    router = router.merge(homeserver_side::router(&service));
     let public = |route: MethodRouter<Arc<Inner>>| {
         for_browsers(route.layer(from_fn_with_state(service.clone(), limits::per_address)))
     };

@@ -13,7 +13,7 @@ use axum::{
 };
 use tracing::Instrument as _;
 
-use super::error::Refusal;
+use super::{error::Refusal, homeserver_side};
 use crate::Inner;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -73,7 +73,7 @@ fn endpoint(path: &str) -> &'static str {
         "/sfu_webhook" => "sfu_webhook",
         "/healthz" => "healthz",
         "/readyz" => "readyz",
-        _ => "other",
+        path => homeserver_side::endpoint(path).unwrap_or("other"),
     }
 }
 

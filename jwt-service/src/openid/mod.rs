@@ -10,6 +10,7 @@ mod addresses;
 mod client_api;
 mod connect;
 mod destination;
+mod federation;
 mod resolver;
 mod server_name;
 mod userinfo;
@@ -37,7 +38,7 @@ use self::{
     userinfo::{UserinfoError, verified_user},
     well_known::{Delegation, DelegationCache, MAX_DOCUMENT, delegation, lifetime},
 };
-pub(crate) use self::{client_api::ClientAnswer, userinfo::VerifiedUser};
+pub(crate) use self::{client_api::ClientAnswer, federation::FederationRequest, userinfo::VerifiedUser};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::{
     client_api::properties::client_document, server_name::properties::server_name,
@@ -84,7 +85,11 @@ impl Verifier {
         let rules = Rules::new(settings);
         let lanes = rules.lanes().into_iter().map(|lane| (lane, Clients::new(&connections, lane))).collect();
         let overrides = settings.cs_api_url_overrides.iter();
-        let overrides = overrides.map(|(name, url)| (name.to_ascii_lowercase(), url.clone())).collect();
+        let mut overrides: BTreeMap<_, _> =
+            overrides.map(|(name, url)| (name.to_ascii_lowercase(), url.clone())).collect();
+        if let Some(own) = &settings.homeserver {
+            overrides.entry(own.name.as_str().to_ascii_lowercase()).or_insert_with(|| own.url.clone());
+        }
         let tokens = settings.delayed_event_tokens.iter();
         let tokens = tokens.map(|(name, token)| (name.to_ascii_lowercase(), token.clone())).collect();
         let budget = settings.limits.lookup;
@@ -187,6 +192,7 @@ impl Rules {
         let mut named: BTreeSet<String> =
             settings.private_homeservers.iter().map(|n| n.to_ascii_lowercase()).collect();
         named.extend(settings.cs_api_url_overrides.keys().map(|n| n.to_ascii_lowercase()));
+        named.extend(settings.homeserver.iter().map(|own| own.name.as_str().to_ascii_lowercase()));
         if let FullAccess::Only(names) = &settings.full_access {
             named.extend(names.iter().map(|n| n.to_ascii_lowercase()));
         }
@@ -209,6 +215,11 @@ impl Rules {
                 vec![verified(Egress::Loopback), verified(Egress::Any), verified(Egress::Public)]
             }
         }
+    }
+
+    /// For a URL that the operator has written: anywhere, and the certificate is checked unless none is.
+    fn operators_lane(&self) -> Lane {
+        Lane { egress: Egress::Any, verify: self.tls != TlsPolicy::SkipAll }
     }
 
     fn lane(&self, name: &ServerName) -> Lane {

@@ -31,6 +31,10 @@ pub struct SynapseOptions {
     /// Whether the homeserver sends clients to its TLS listener (`/.well-known/matrix/client`), as a deployment does
     /// that has no plain one.
     pub clients_over_tls: bool,
+    /// The token of an application service that is interested in all users and is sent nothing. None: there is none.
+    pub application_service_token: Option<String>,
+    /// Whether it speaks to other Synapses on loopback, whose self-signed certificates it then takes.
+    pub federates: bool,
 }
 
 impl SynapseOptions {
@@ -45,6 +49,20 @@ impl SynapseOptions {
         self.clients_over_tls = true;
         self
     }
+
+    /// The same, with an application service that is interested in all users and has this token.
+    #[must_use]
+    pub fn and_application_service(mut self, token: impl Into<String>) -> Self {
+        self.application_service_token = Some(token.into());
+        self
+    }
+
+    /// The same, federating with other Synapses on loopback.
+    #[must_use]
+    pub fn and_federation(mut self) -> Self {
+        self.federates = true;
+        self
+    }
 }
 
 /// A running Synapse. It ends when this is dropped, and its data goes with it.
@@ -55,6 +73,7 @@ pub struct Synapse {
     federation_port: u16,
     shared_secret: String,
     authority: String,
+    signing_key: String,
     http: reqwest::Client,
     // Last: the folder must outlive the process.
     _folder: TempDir,
@@ -86,16 +105,15 @@ impl Synapse {
         let Certificates { authority, leaf, key } =
             Certificates::new().map_err(std::io::Error::other).map_err(machine())?;
         let config = config(client_port, federation_port, &shared_secret, &options);
+        let signing_key = format!("ed25519 a_test {}\n", STANDARD_NO_PAD.encode(rand::random::<[u8; 32]>()));
         for (name, content) in [
             // JSON is YAML.
             ("homeserver.yaml", format!("{config:#}")),
             ("ca.crt", authority.clone()),
             ("tls.crt", leaf),
             ("tls.key", key),
-            (
-                "signing.key",
-                format!("ed25519 a_test {}\n", STANDARD_NO_PAD.encode(rand::random::<[u8; 32]>())),
-            ),
+            ("signing.key", signing_key.clone()),
+            ("application_service.yaml", format!("{:#}", application_service(&options))),
         ] {
             std::fs::write(folder.path().join(name), content).map_err(machine())?;
         }
@@ -106,8 +124,16 @@ impl Synapse {
             .build()
             .map_err(std::io::Error::other)
             .map_err(machine())?;
-        let mut synapse =
-            Self { process, client_port, federation_port, shared_secret, authority, http, _folder: folder };
+        let mut synapse = Self {
+            process,
+            client_port,
+            federation_port,
+            shared_secret,
+            authority,
+            signing_key,
+            http,
+            _folder: folder,
+        };
         synapse.until_ready().await?;
         Ok(synapse)
     }
@@ -130,6 +156,11 @@ impl Synapse {
     /// The certificate of the authority that has signed the federation listener's, PEM, for whoever must trust it.
     pub fn authority_pem(&self) -> &str {
         &self.authority
+    }
+
+    /// The content of its signing key file, for whoever must sign in its name.
+    pub fn signing_key(&self) -> &str {
+        &self.signing_key
     }
 
     /// Registers a user by the shared secret; the answer is a logged-in device.
@@ -180,11 +211,28 @@ impl Synapse {
     /// # Errors
     /// [`PeerError::Refused`] with Synapse's answer.
     pub async fn join(&self, member: &Session, room: &str) -> Result<(), PeerError> {
+        self.join_via(member, room, None).await
+    }
+
+    /// Joins a public room that `server` has, if one is given, or else this server.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`] with Synapse's answer.
+    pub async fn join_via(
+        &self,
+        member: &Session,
+        room: &str,
+        server: Option<&str>,
+    ) -> Result<(), PeerError> {
         let mut url =
             reqwest::Url::parse(&self.url()).map_err(|error| self.refused("join", &error.to_string()))?;
         // The id may hold any character, and each belongs into one segment.
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.extend(["_matrix", "client", "v3", "join", room]);
+        }
+        if let Some(server) = server {
+            // The older name beside the newer.
+            url.query_pairs_mut().append_pair("server_name", server).append_pair("via", server);
         }
         let request = self.http.post(url).bearer_auth(&member.access_token).json(&json!({}));
         self.call(request, "join").await.map(drop)
@@ -261,6 +309,15 @@ impl Certificates {
     }
 }
 
+/// The registration of an application service that may ask about every room with a user of ours in it.
+fn application_service(options: &SynapseOptions) -> Value {
+    json!({
+        "id": "test", "url": null, "as_token": options.application_service_token, "hs_token": secret(),
+        "sender_localpart": "_test", "rate_limited": false,
+        "namespaces": {"users": [{"exclusive": false, "regex": "@.*"}], "rooms": [], "aliases": []},
+    })
+}
+
 fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: &SynapseOptions) -> Value {
     let listener = |port: u16, tls: bool| {
         json!({"port": port, "type": "http", "tls": tls, "bind_addresses": ["127.0.0.1"],
@@ -322,6 +379,12 @@ fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: 
         "rc_user_directory",
     ] {
         config[limit] = fast.clone();
+    }
+    if options.application_service_token.is_some() {
+        config["app_service_config_files"] = json!(["application_service.yaml"]);
+    }
+    if options.federates {
+        config["federation_verify_certificates"] = json!(false);
     }
     if let Some(url) = &options.rtc_service_url {
         config["matrix_rtc"] = json!({"transports": [{"type": "livekit", "livekit_service_url": url}]});
