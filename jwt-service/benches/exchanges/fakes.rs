@@ -28,18 +28,15 @@ use tokio_rustls::TlsAcceptor;
 /// How a homeserver speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Speech {
-    /// HTTP/2, as behind the usual reverse proxies.
-    Http2,
-    /// HTTP/1.1 with connections kept, as Synapse without a proxy.
-    Http1,
+    /// As the service likes: HTTP/2 or HTTP/1.1, connections kept.
+    Kept,
     /// HTTP/1.1, each connection closed after its answer, no resumption: what the reference costs itself.
     Close,
 }
 
 /// The fakes. All homeservers know every token `t<number>` as that of the user `@u<number>`.
 pub(crate) struct Fakes {
-    pub(crate) http2: Homeserver,
-    pub(crate) http1: Homeserver,
+    pub(crate) kept: Homeserver,
     pub(crate) close: Homeserver,
     /// Accepts, shakes hands, reads and never answers.
     pub(crate) hanging: Homeserver,
@@ -51,8 +48,7 @@ impl Fakes {
     pub(crate) async fn start(authority: &Path) -> Self {
         let certificates = Certificates::new(authority);
         Self {
-            http2: Homeserver::start(&certificates, Some(Speech::Http2)).await,
-            http1: Homeserver::start(&certificates, Some(Speech::Http1)).await,
+            kept: Homeserver::start(&certificates, Some(Speech::Kept)).await,
             close: Homeserver::start(&certificates, Some(Speech::Close)).await,
             hanging: Homeserver::start(&certificates, None).await,
             sfu: Sfu::start().await,
@@ -61,14 +57,13 @@ impl Fakes {
 
     pub(crate) fn homeserver(&self, speech: Speech) -> &Homeserver {
         match speech {
-            Speech::Http2 => &self.http2,
-            Speech::Http1 => &self.http1,
+            Speech::Kept => &self.kept,
             Speech::Close => &self.close,
         }
     }
 
-    pub(crate) fn homeservers(&self) -> [&Homeserver; 4] {
-        [&self.http2, &self.http1, &self.close, &self.hanging]
+    pub(crate) fn homeservers(&self) -> [&Homeserver; 3] {
+        [&self.kept, &self.close, &self.hanging]
     }
 }
 
@@ -304,7 +299,7 @@ impl Certificates {
             tls.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         }
         tls.alpn_protocols = match speech {
-            Some(Speech::Http2) => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
+            Some(Speech::Kept) => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
             _ => vec![b"http/1.1".to_vec()],
         };
         TlsAcceptor::from(Arc::new(tls))

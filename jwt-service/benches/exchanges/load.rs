@@ -20,48 +20,61 @@ use tokio::{
 /// Requests are numbered for the whole run: each has a user and a room of its own.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
+/// Which rooms are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rooms {
+    /// Each exchange asks for its own.
+    Many,
+    /// All ask for the same, as when a large call begins.
+    One,
+}
+
 /// One request for a token.
 pub(crate) struct Exchange {
     pub(crate) number: u64,
+    room: String,
     path: &'static str,
     body: String,
 }
 
 impl Exchange {
-    /// The next one, at the homeserver `name`: `/get_token` and `/sfu/get` in turn.
+    /// The next one, at the homeserver `name`, for a room of its own: `/get_token` and `/sfu/get` in turn.
     pub(crate) fn next(name: &str) -> Self {
+        Self::for_one_of(Rooms::Many, name)
+    }
+
+    /// The same for the room that everybody wants, or one of its own.
+    pub(crate) fn for_one_of(rooms: Rooms, name: &str) -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let (path, body) = if number.is_multiple_of(2) {
-            ("/get_token", get_token(number, name, ""))
+        let room = room(if rooms == Rooms::One { 0 } else { number });
+        let (path, body) = if rooms == Rooms::One || number.is_multiple_of(2) {
+            ("/get_token", get_token(number, &room, name, ""))
         } else {
-            (
-                "/sfu/get",
-                format!(
-                    r#"{{"room":"{}","openid_token":{},"device_id":"DEVICE"}}"#,
-                    room(number),
-                    openid_token(number, name)
-                ),
-            )
+            let token = openid_token(number, name);
+            let body = format!(r#"{{"room":"{room}","openid_token":{token},"device_id":"DEVICE"}}"#);
+            ("/sfu/get", body)
         };
-        Self { number, path, body }
+        Self { number, room, path, body }
     }
 
     /// The next one, which brings a delayed leave along.
     pub(crate) fn with_leave(name: &str) -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let leave = format!(r#","delay_id":"syd_bench_delay_{number}","delay_timeout":2000000"#);
-        Self { number, path: "/get_token", body: get_token(number, name, &leave) }
+        let room = room(number);
+        let body = get_token(number, &room, name, &leave);
+        Self { number, room, path: "/get_token", body }
     }
 
     /// A request with this body, not for a token.
     pub(crate) fn plain(path: &'static str, body: String) -> Self {
-        Self { number: 0, path, body }
+        Self { number: 0, room: String::new(), path, body }
     }
 
     /// What the SFU calls its room.
     pub(crate) fn alias(&self) -> String {
         let slot = if self.path == "/get_token" { "m.call#ROOM" } else { antiphon_jwt_service::LEGACY_SLOT };
-        RoomAlias::of_slot(&room(self.number), slot).as_str().to_owned()
+        RoomAlias::of_slot(&self.room, slot).as_str().to_owned()
     }
 
     fn bytes(&self, authorization: Option<&str>) -> Vec<u8> {
@@ -78,10 +91,9 @@ impl Exchange {
     }
 }
 
-fn get_token(number: u64, name: &str, leave: &str) -> String {
+fn get_token(number: u64, room: &str, name: &str, leave: &str) -> String {
     format!(
-        r#"{{"room_id":"{}","slot_id":"m.call#ROOM","openid_token":{},"member":{{"id":"member-{number}","claimed_user_id":"@u{number}:{name}","claimed_device_id":"DEVICE"}}{leave}}}"#,
-        room(number),
+        r#"{{"room_id":"{room}","slot_id":"m.call#ROOM","openid_token":{},"member":{{"id":"member-{number}","claimed_user_id":"@u{number}:{name}","claimed_device_id":"DEVICE"}}{leave}}}"#,
         openid_token(number, name)
     )
 }
@@ -181,7 +193,13 @@ pub(crate) enum Until {
 }
 
 /// `concurrency` clients, each asking again as soon as it has its answer.
-pub(crate) async fn closed_loop(server: SocketAddr, name: &str, concurrency: usize, until: Until) -> Outcome {
+pub(crate) async fn closed_loop(
+    server: SocketAddr,
+    name: &str,
+    rooms: Rooms,
+    concurrency: usize,
+    until: Until,
+) -> Outcome {
     let began = Instant::now();
     let asked = Arc::new(AtomicU64::new(0));
     let mut clients = tokio::task::JoinSet::new();
@@ -194,7 +212,7 @@ pub(crate) async fn closed_loop(server: SocketAddr, name: &str, concurrency: usi
                 Until::Time(time) => began.elapsed() < time,
                 Until::Exchanges(number) => asked.fetch_add(1, Ordering::Relaxed) < number,
             } {
-                let exchange = Exchange::next(&name);
+                let exchange = Exchange::for_one_of(rooms, &name);
                 let sent = Instant::now();
                 let status = client.send(&exchange).await;
                 outcome.count(status, sent.elapsed());
