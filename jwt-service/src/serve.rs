@@ -26,7 +26,7 @@ use rustls::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream, lookup_host},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_rustls::TlsAcceptor;
@@ -46,6 +46,9 @@ const HEADER_TIME: Duration = Duration::from_secs(75);
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// Time for requests in progress to end after the signal to stop: one whole lookup.
 const GRACE: Duration = Duration::from_secs(30);
+/// Connections that the system completes before we accept them; Linux gives at most `net.core.somaxconn`, 4096. Of
+/// two thousand clients that come at once, a shorter queue lets some wait a second to knock again.
+const BACKLOG: u32 = 4096;
 /// Pause after a failed accept: usually we are out of file descriptors, and trying at once changes nothing.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -56,11 +59,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The system's, for instance if the port is taken.
 pub async fn listen(bind: &Bind) -> io::Result<Listener> {
     let socket = match bind {
-        Bind::Tcp { host: Some(host), port } => Socket::Tcp(TcpListener::bind((host.as_str(), *port)).await?),
-        Bind::Tcp { host: None, port } => Socket::Tcp(match TcpListener::bind(("::", *port)).await {
-            Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
-                TcpListener::bind(("0.0.0.0", *port)).await?
-            }
+        Bind::Tcp { host: Some(host), port } => Socket::Tcp(listen_at(host, *port).await?),
+        Bind::Tcp { host: None, port } => Socket::Tcp(match listen_at("::", *port).await {
+            Err(error) if error.kind() != io::ErrorKind::AddrInUse => listen_at("0.0.0.0", *port).await?,
             bound => bound?,
         }),
         Bind::Unix(path) => {
@@ -73,6 +74,21 @@ pub async fn listen(bind: &Bind) -> io::Result<Listener> {
         }
     };
     Ok(Listener { socket, certificate: None })
+}
+
+/// The first address of `host` that can be listened on.
+async fn listen_at(host: &str, port: u16) -> io::Result<TcpListener> {
+    let mut failure = io::ErrorKind::AddrNotAvailable.into();
+    for address in lookup_host((host, port)).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // A restart must not wait for the connections of the last run to be forgotten.
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address).and_then(|()| socket.listen(BACKLOG)) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
 }
 
 /// A socket that listens.

@@ -2,22 +2,29 @@
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     error::Error,
     fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use livekit_protocol::{
     CreateRoomRequest, ListParticipantsRequest, ListParticipantsResponse, ParticipantInfo, Room,
     RoomParticipantIdentity,
 };
 use prost::Message as _;
 use serde::Deserialize;
+use tokio::time::Instant;
 use url::Url;
+use zeroize::Zeroize as _;
 
-use crate::{secret::Secret, token::TokenSigner};
+use crate::{
+    secret::Secret,
+    token::{API_TOKEN_LIFETIME, TokenSigner},
+};
 
 /// How long an empty room lives before anybody has joined, in seconds.
 pub const EMPTY_TIMEOUT: u32 = 300;
@@ -28,6 +35,11 @@ pub const DEPARTURE_TIMEOUT: u32 = 20;
 const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 /// Pause before the one retry after a failed connect: a restarting SFU is back within a moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
+/// How long the SFU's word that a room is there is taken for another request too. Short beside the SFU's own time-outs
+/// and beside the time that a client takes to enter: an SFU that restarts meanwhile has lost the room for whoever
+/// asked first as well.
+const REMEMBERED: Duration = Duration::from_secs(1);
+const PROTOBUF: HeaderValue = HeaderValue::from_static("application/protobuf");
 /// The largest answer we read. A room description is a few hundred bytes.
 const MAX_ANSWER: usize = 64 * 1024;
 /// The same for a list of everybody in a room, with their tracks and metadata.
@@ -158,6 +170,8 @@ pub struct TwirpSfu {
     list_participants: Url,
     http: reqwest::Client,
     signer: TokenSigner,
+    right_to_create: Mutex<Option<Right>>,
+    rooms: Mutex<Rooms>,
     timeout: Duration,
 }
 
@@ -181,7 +195,16 @@ impl TwirpSfu {
         }
         let http = http.build().map_err(|e| SfuError::Ours(e.into()))?;
         let signer = TokenSigner::new(key, secret.clone()).map_err(|e| SfuError::Ours(e.into()))?;
-        Ok(Self { create_room, get_participant, list_participants, http, signer, timeout: CALL_TIMEOUT })
+        Ok(Self {
+            create_room,
+            get_participant,
+            list_participants,
+            http,
+            signer,
+            right_to_create: Mutex::default(),
+            rooms: Mutex::default(),
+            timeout: CALL_TIMEOUT,
+        })
     }
 
     /// The same, giving up on a call after `timeout` instead of 8 s.
@@ -191,38 +214,63 @@ impl TwirpSfu {
         self
     }
 
-    /// One call within its time.
-    async fn call(&self, method: &Url, token: &str, body: Vec<u8>) -> Result<bytes::Bytes, SfuError> {
-        tokio::time::timeout(self.timeout, self.request(method, token, body, MAX_ANSWER))
-            .await
-            .map_err(|_| SfuError::TimedOut(self.timeout))?
+    /// Work within the time of one call.
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, SfuError>>) -> Result<T, SfuError> {
+        tokio::time::timeout(self.timeout, work).await.map_err(|_| SfuError::TimedOut(self.timeout))?
+    }
+
+    async fn make(&self, alias: &str) -> Result<SfuRoom, SfuError> {
+        let request = CreateRoomRequest {
+            name: alias.to_owned(),
+            empty_timeout: EMPTY_TIMEOUT,
+            departure_timeout: DEPARTURE_TIMEOUT,
+            max_participants: 0,
+            ..Default::default()
+        };
+        let right = self.right_to_create()?;
+        let body = self.call(&self.create_room, right, request.encode_to_vec(), MAX_ANSWER).await?;
+        let room = Room::decode(body).map_err(|_| SfuError::NotARoom)?;
+        Ok(SfuRoom::new(room.sid))
+    }
+
+    /// The `Authorization` for making rooms, signed anew once half of its life is over.
+    fn right_to_create(&self) -> Result<HeaderValue, SfuError> {
+        let now = SystemTime::now();
+        let mut right = lock(&self.right_to_create);
+        match &*right {
+            Some(right) if right.is_fresh(now) => Ok(right.authorization.clone()),
+            _ => {
+                let token = self.signer.create_rooms(now).map_err(|e| SfuError::Ours(e.into()))?;
+                let authorization = bearer(token)?;
+                *right = Some(Right { authorization: authorization.clone(), signed: now });
+                Ok(authorization)
+            }
+        }
     }
 
     /// Everybody in a room.
     async fn list(&self, room: &str) -> Result<Vec<ParticipantInfo>, SfuError> {
         let request = ListParticipantsRequest { room: room.to_owned(), ..Default::default() };
         let token = self.signer.administer(room, SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
-        let asked = self.request(&self.list_participants, &token, request.encode_to_vec(), MAX_LIST);
-        let body = tokio::time::timeout(self.timeout, asked)
-            .await
-            .map_err(|_| SfuError::TimedOut(self.timeout))??;
-        let list = ListParticipantsResponse::decode(body).map_err(|_| SfuError::NotAParticipant)?;
-        Ok(list.participants)
+        let asked = self.call(&self.list_participants, bearer(token)?, request.encode_to_vec(), MAX_LIST);
+        let list = ListParticipantsResponse::decode(self.in_time(asked).await?);
+        Ok(list.map_err(|_| SfuError::NotAParticipant)?.participants)
     }
 
-    async fn request(
+    async fn call(
         &self,
         method: &Url,
-        token: &str,
+        authorization: HeaderValue,
         body: Vec<u8>,
         most: usize,
     ) -> Result<bytes::Bytes, SfuError> {
+        let body = bytes::Bytes::from(body);
         let request = || {
             self.http
                 .post(method.clone())
-                .header("content-type", "application/protobuf")
-                .header("accept", "application/protobuf")
-                .bearer_auth(token)
+                .header(CONTENT_TYPE, PROTOBUF)
+                .header(ACCEPT, PROTOBUF)
+                .header(AUTHORIZATION, authorization.clone())
                 .body(body.clone())
                 .send()
         };
@@ -252,17 +300,18 @@ impl TwirpSfu {
 #[async_trait]
 impl Sfu for TwirpSfu {
     async fn create_room(&self, alias: &str) -> Result<SfuRoom, SfuError> {
-        let request = CreateRoomRequest {
-            name: alias.to_owned(),
-            empty_timeout: EMPTY_TIMEOUT,
-            departure_timeout: DEPARTURE_TIMEOUT,
-            max_participants: 0,
-            ..Default::default()
-        };
-        let token = self.signer.create_rooms(SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
-        let body = self.call(&self.create_room, &token, request.encode_to_vec()).await?;
-        let room = Room::decode(body).map_err(|_| SfuError::NotARoom)?;
-        Ok(SfuRoom::new(room.sid))
+        let place = lock(&self.rooms).place(Instant::now(), alias);
+        // Whoever waits for another's call to end has no more time than for a call of its own.
+        self.in_time(async {
+            let mut made = place.lock().await;
+            if let Some(made) = made.as_ref().filter(|made| made.is_fresh(Instant::now())) {
+                return Ok(made.room.clone());
+            }
+            let room = self.make(alias).await?;
+            *made = Some(Made { room: room.clone(), at: Instant::now() });
+            Ok(room)
+        })
+        .await
     }
 
     async fn participant(&self, room: &str, identity: &str) -> Result<Option<SfuParticipant>, SfuError> {
@@ -272,7 +321,8 @@ impl Sfu for TwirpSfu {
             ..Default::default()
         };
         let token = self.signer.administer(room, SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
-        match self.call(&self.get_participant, &token, request.encode_to_vec()).await {
+        let asked = self.call(&self.get_participant, bearer(token)?, request.encode_to_vec(), MAX_ANSWER);
+        match self.in_time(asked).await {
             Ok(body) => {
                 let participant = ParticipantInfo::decode(body).map_err(|_| SfuError::NotAParticipant)?;
                 Ok(Some(SfuParticipant::new(participant.sid)))
@@ -328,6 +378,79 @@ impl fmt::Debug for TwirpSfu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TwirpSfu").field("create_room", &self.create_room.as_str()).finish_non_exhaustive()
     }
+}
+
+/// An `Authorization` header and when it was signed.
+struct Right {
+    authorization: HeaderValue,
+    signed: SystemTime,
+}
+
+impl Right {
+    /// Also not if the clock was set back since: the SFU would find that it is not valid yet.
+    fn is_fresh(&self, now: SystemTime) -> bool {
+        now.duration_since(self.signed).is_ok_and(|age| age < API_TOKEN_LIFETIME / 2)
+    }
+}
+
+fn bearer(mut token: String) -> Result<HeaderValue, SfuError> {
+    token.insert_str(0, "Bearer ");
+    let value = HeaderValue::from_str(&token).map_err(|e| SfuError::Ours(e.into()));
+    token.zeroize();
+    let mut value = value?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// The rooms that are being made or were a moment ago. When a call begins all its members ask for the same room
+/// at once: one of them asks the SFU, the others take its word.
+#[derive(Default)]
+struct Rooms {
+    places: HashMap<String, Place>,
+    /// When each was first asked for, in this order.
+    order: VecDeque<(Instant, String)>,
+}
+
+/// Held by who asks the SFU for a room; holds that room once it is there.
+type Place = Arc<tokio::sync::Mutex<Option<Made>>>;
+
+/// A room that the SFU has made, and when.
+struct Made {
+    room: SfuRoom,
+    at: Instant,
+}
+
+impl Made {
+    fn is_fresh(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < REMEMBERED
+    }
+}
+
+impl Rooms {
+    /// The place of the room `alias`. Places that nobody holds are forgotten once their time is over.
+    fn place(&mut self, now: Instant, alias: &str) -> Place {
+        while let Some((since, _)) = self.order.front()
+            && now.saturating_duration_since(*since) >= 2 * REMEMBERED
+            && let Some((_, oldest)) = self.order.pop_front()
+        {
+            match self.places.get(&oldest) {
+                Some(place) if Arc::strong_count(place) > 1 => self.order.push_back((now, oldest)),
+                _ => drop(self.places.remove(&oldest)),
+            }
+        }
+        if let Some(place) = self.places.get(alias) {
+            return place.clone();
+        }
+        let place = Place::default();
+        self.places.insert(alias.to_owned(), place.clone());
+        self.order.push_back((now, alias.to_owned()));
+        place
+    }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing between lock and unlock can leave it half-changed.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The base of the SFU's HTTP API: `ws` becomes `http`, `wss` becomes `https`, the path stays, a trailing
@@ -409,6 +532,35 @@ mod tests {
     fn the_secret_is_not_printed() {
         let sfu = TwirpSfu::new("ws://127.0.0.1:1", "key", &Secret::new("hunter2")).unwrap();
         assert!(!format!("{sfu:?}").contains("hunter2"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rooms_are_remembered_for_a_moment_and_then_take_no_memory() {
+        let mut rooms = Rooms::default();
+        let now = Instant::now();
+        let made = Made { room: SfuRoom::new("RM_1"), at: now };
+        assert!(made.is_fresh(now + REMEMBERED - Duration::from_millis(1)));
+        assert!(!made.is_fresh(now + REMEMBERED));
+        let held = rooms.place(now, "held");
+        drop(rooms.place(now, "left"));
+        assert!(Arc::ptr_eq(&held, &rooms.place(now + REMEMBERED, "held")));
+        drop(rooms.place(now + 2 * REMEMBERED, "new"));
+        let mut left: Vec<_> = rooms.places.keys().map(String::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["held", "new"]);
+        drop(held);
+        drop(rooms.place(now + 4 * REMEMBERED, "newer"));
+        assert_eq!((rooms.places.len(), rooms.order.len()), (1, 1));
+    }
+
+    #[test]
+    fn the_right_to_make_rooms_is_signed_anew_in_time_and_when_the_clock_was_set_back() {
+        let signed = SystemTime::UNIX_EPOCH + Duration::from_hours(24);
+        let right = Right { authorization: bearer("token".to_owned()).unwrap(), signed };
+        assert!(right.is_fresh(signed) && right.is_fresh(signed + Duration::from_hours(2)));
+        assert!(!right.is_fresh(signed + Duration::from_hours(3)));
+        assert!(!right.is_fresh(signed - Duration::from_secs(1)));
+        assert!(!format!("{:?}", right.authorization).contains("token"));
     }
 
     #[test]

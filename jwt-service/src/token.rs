@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// How long the token with which we call the SFU's API is valid.
-const API_TOKEN_LIFETIME: Duration = Duration::from_hours(6);
+pub(crate) const API_TOKEN_LIFETIME: Duration = Duration::from_hours(6);
 
 /// Signs tokens with the SFU's API key and secret.
 #[derive(Clone, Debug)]

@@ -43,7 +43,7 @@ type Queues = Mutex<HashMap<String, Arc<Semaphore>>>;
 
 /// Lookups that talk to one homeserver at a time; others wait their turn. Two thousand TLS handshakes at once
 /// would be slower for everybody than these many, whose connections the rest then uses.
-const TALKING: usize = 128;
+pub(crate) const TALKING: usize = 128;
 
 impl Limiter {
     pub(crate) fn new(limits: &Limits, metrics: Metrics) -> Self {

@@ -39,13 +39,15 @@ use super::{
     resolver::{Resolve, ResolveError},
     server_name::{Host, ServerName},
 };
+use crate::http::limits::TALKING;
 
 /// How many addresses of one destination we try: a caller's DNS may list more.
 const MAX_ADDRESSES: usize = 6;
 /// How long idle connections are kept for the next lookup at the same server.
 const IDLE: Duration = Duration::from_secs(30);
-/// How many idle connections are kept per server.
-const MAX_IDLE: usize = 32;
+/// How many idle connections are kept per server: as many as lookups talk to one at a time. Fewer, and a busy
+/// server's connections would be closed between two lookups only to be made again.
+const MAX_IDLE: usize = TALKING;
 /// The most that headers of an answer may take.
 const MAX_HEADERS: usize = 64 * 1024;
 

@@ -142,6 +142,39 @@ async fn a_refusal_carries_its_code() {
 }
 
 #[tokio::test]
+async fn members_who_come_at_once_ask_for_their_room_once() {
+    let livekit = LiveKit::start(room).await;
+    let sfu = Arc::new(TwirpSfu::new(&livekit.url, "devkey", &Secret::new("devsecret")).unwrap());
+    let create = |room: &'static str| {
+        let sfu = sfu.clone();
+        async move { sfu.create_room(room).await }
+    };
+    let mut members = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        members.spawn(create("one"));
+    }
+    members.spawn(create("other"));
+    for made in members.join_all().await {
+        assert_eq!(made.unwrap(), SfuRoom::new("RM_x"));
+    }
+    let asked: Vec<_> =
+        livekit.calls().into_iter().map(|c| CreateRoomRequest::decode(c.body).unwrap().name).collect();
+    for name in ["one", "other"] {
+        assert_eq!(asked.iter().filter(|asked| *asked == name).count(), 1, "{asked:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_failure_is_nobody_elses() {
+    let livekit = LiveKit::start(|| StatusCode::SERVICE_UNAVAILABLE.into_response()).await;
+    let sfu = TwirpSfu::new(&livekit.url, "devkey", &Secret::new("devsecret")).unwrap();
+    for asked in 1..=3 {
+        assert!(matches!(sfu.create_room("room").await, Err(SfuError::Refused { status: 503, .. })));
+        assert_eq!(livekit.calls().len(), asked);
+    }
+}
+
+#[tokio::test]
 async fn redirects_are_not_followed() {
     let livekit =
         LiveKit::start(|| (StatusCode::FOUND, [(header::LOCATION, "/elsewhere")]).into_response()).await;
