@@ -566,6 +566,10 @@ mod tests {
         assert_eq!(list("a,b c\u{2003}d,,e"), only(&["a", "b", "c", "d", "e"]));
         assert_eq!(list("*,a"), only(&["*", "a"]));
         assert_eq!(list(","), only(&[]));
+        let warns = |text| config(&[("LIVEKIT_FULL_ACCESS_HOMESERVERS", text)]).unwrap().warnings;
+        assert!(warns("*,a").contains(&Warning::WildcardInList), "it may not be what was meant");
+        assert!(warns(",").contains(&Warning::NobodyHasFullAccess));
+        assert!(!warns("*").contains(&Warning::WildcardInList));
         assert!(list("Example.com").includes("example.COM"));
         assert!(!list("*,a").includes("b"));
         assert!(!list("a").includes("a:8448"));
