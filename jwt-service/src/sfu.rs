@@ -250,7 +250,7 @@ impl TwirpSfu {
 
     /// Everybody in a room.
     async fn list(&self, room: &str) -> Result<Vec<ParticipantInfo>, SfuError> {
-        let request = ListParticipantsRequest { room: room.to_owned(), ..Default::default() };
+        let request = ListParticipantsRequest { room: room.to_owned() };
         let token = self.signer.administer(room, SystemTime::now()).map_err(|e| SfuError::Ours(e.into()))?;
         let asked = self.call(&self.list_participants, bearer(token)?, request.encode_to_vec(), MAX_LIST);
         let list = ListParticipantsResponse::decode(self.in_time(asked).await?);

@@ -156,8 +156,8 @@ fn key_and_secret(sources: &Sources) -> Result<(String, Secret), ConfigError> {
 fn key_file(found: &Found<'_>) -> Result<(Secret, Secret), ConfigError> {
     const ADVICE: &str = "one line, `key: secret`, into that file";
     let text = read(found)?;
-    let mut lines =
-        text.expose().lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let says = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
+    let mut lines = text.expose().lines().filter(says);
     let line = lines.next().ok_or_else(|| found.malformed("the file is empty", ADVICE))?;
     if lines.next().is_some() {
         return Err(found.malformed("the file has more than one line", ADVICE));
@@ -639,6 +639,34 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_variable_is_none() {
+        let implied = format!("{:?}", config(&[]).unwrap());
+        for setting in SETTINGS.iter().filter(|s| GOOD.iter().all(|(name, _)| *name != s.variable)) {
+            let empty = config(&[(setting.variable, "")]).unwrap();
+            assert_eq!(format!("{empty:?}"), implied, "{}", setting.variable);
+        }
+    }
+
+    #[test]
+    fn failures_come_in_the_order_of_the_reference() {
+        let mut wrong = vec![
+            ("LIVEKIT_KEY_FILE", "/nonexistent/file"),
+            ("LIVEKIT_URL", "nowhere"),
+            ("LIVEKIT_FULL_ACCESS_HOMESERVERS", ""),
+            ("LIVEKIT_JWT_BIND", "8080"),
+            ("LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS", "x"),
+            ("LIVEKIT_CS_API_URL_OVERRIDES", "x"),
+            ("LIVEKIT_REDIS_URL", "x"),
+        ];
+        while !wrong.is_empty() {
+            let text = refused(&wrong);
+            let (first, _) = wrong.remove(0);
+            assert!(text.starts_with(first), "{first}: {text}");
+        }
+        config(&wrong).unwrap();
+    }
+
+    #[test]
     fn the_full_access_list_is_split_and_the_star_stands_alone() {
         let list = |text| config(&[("LIVEKIT_FULL_ACCESS_HOMESERVERS", text)]).unwrap().settings.full_access;
         let only = |names: &[&str]| FullAccess::Only(names.iter().map(|n| (*n).to_owned()).collect());
@@ -647,6 +675,10 @@ mod tests {
         assert_eq!(list("a,b c\u{2003}d,,e"), only(&["a", "b", "c", "d", "e"]));
         assert_eq!(list("*,a"), only(&["*", "a"]));
         assert_eq!(list(","), only(&[]));
+        let warns = |text| config(&[("LIVEKIT_FULL_ACCESS_HOMESERVERS", text)]).unwrap().warnings;
+        assert!(warns("*,a").contains(&Warning::WildcardInList), "it may not be what was meant");
+        assert!(warns(",").contains(&Warning::NobodyHasFullAccess));
+        assert!(!warns("*").contains(&Warning::WildcardInList));
         assert!(list("Example.com").includes("example.COM"));
         assert!(!list("*,a").includes("b"));
         assert!(!list("a").includes("a:8448"));
@@ -735,6 +767,10 @@ mod tests {
         let secret = file("\tsecret\t\r\n");
         let path = secret.path().to_str().unwrap();
         assert_eq!(loaded(&[("LIVEKIT_SECRET_FROM_FILE", path)]), ("key".into(), "\tsecret\t".into()));
+        // A tab may belong to the secret, wherever it stands.
+        let tabs = file("k: \ts\t \r\n");
+        let path = tabs.path().to_str().unwrap();
+        assert_eq!(loaded(&[("LIVEKIT_KEY_FILE", path)]), ("k".into(), "\ts\t".into()));
         let key = file("onlykey\n");
         let path = key.path().to_str().unwrap();
         assert_eq!(loaded(&[("LIVEKIT_KEY_FROM_FILE", path)]), ("onlykey".into(), "hunter2".into()));

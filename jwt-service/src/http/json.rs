@@ -235,6 +235,29 @@ mod tests {
     }
 
     #[test]
+    fn what_go_reads_and_we_do_not_is_refused_not_misread() {
+        // Half a surrogate pair: Go puts a replacement character there, which is no member's id either.
+        for text in [r#"{"room_id":"\ud800"}"#, r#"{"room_id":"\udc00x"}"#] {
+            assert_eq!(decode(text), Err(NotJson), "{text}");
+        }
+        assert_eq!(decode(r#"{"room_id":"\ud83d\ude00"}"#).unwrap().room_id, "\u{1f600}");
+    }
+
+    #[test]
+    fn only_the_first_value_is_read() {
+        for rest in ["", " ", "{", "]", "\u{0}", "{\"unknown\":1}"] {
+            assert_eq!(decode(&format!("{{\"room_id\":\"x\"}}{rest}")).unwrap().room_id, "x", "{rest:?}");
+        }
+    }
+
+    #[test]
+    fn unknown_members_are_refused_at_the_top_and_passed_over_inside() {
+        assert_eq!(decode(r#"{"unknown":null}"#), Err(NotJson));
+        let inside = r#"{"openid_token":{"unknown":null},"member":{"unknown":{}}}"#;
+        assert_eq!(decode(inside), Ok(Body::default()));
+    }
+
+    #[test]
     fn null_is_absent_everywhere() {
         for text in
             ["null", "{}", r#"{"room_id":null,"openid_token":null,"member":null,"delay_timeout":null}"#]

@@ -1,6 +1,8 @@
 //! A user whom the homeserver confirms gets the SFU's URL and a token; the room exists if the server has full
 //! access.
 
+use std::time::Duration;
+
 use antiphon_jwt_service::{FullAccess, ParticipantIdentity, RestrictedUsers, RoomAlias};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::{Value, json};
@@ -140,6 +142,15 @@ async fn full_access_is_for_the_servers_listed() {
         client.post("/get_token", get_token(&name, "good", "alice")).await.claims();
         assert_eq!(client.sfu.rooms().len(), 1);
     }
+}
+
+#[tokio::test]
+async fn tokens_live_as_long_as_the_operator_says() {
+    let homeserver = Homeserver::with_users(USERS).await;
+    let mut short = settings();
+    short.token_lifetime = Duration::from_secs(90);
+    let claims = Client::new(short).post("/sfu/get", sfu_get(&homeserver.name(), "good")).await.claims();
+    assert_eq!(claims["exp"].as_u64().unwrap() - claims["nbf"].as_u64().unwrap(), 90);
 }
 
 #[tokio::test]

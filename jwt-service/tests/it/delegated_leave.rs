@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -129,6 +132,8 @@ struct World {
     answer: Arc<Mutex<StatusCode>>,
     /// Whether the homeserver has the stable paths, and whether it says so.
     stable: Arc<Mutex<(bool, bool)>>,
+    /// Whether the homeserver says where its client-server API is.
+    well_known: Arc<AtomicBool>,
     shelf: Arc<Shelf>,
     floor: Arc<Floor>,
     settings: Settings,
@@ -146,8 +151,10 @@ impl World {
     async fn with(change: impl FnOnce(&mut Settings), broken_store: bool) -> Self {
         let (called, answer) = (Arc::new(Notify::new()), Arc::new(Mutex::new(StatusCode::OK)));
         let stable = Arc::<Mutex<(bool, bool)>>::default();
+        let well_known = Arc::<AtomicBool>::default();
         let homeserver = Homeserver::start({
             let (called, answer, stable) = (called.clone(), answer.clone(), stable.clone());
+            let well_known = well_known.clone();
             move |seen| {
                 called.notify_waiters();
                 let (has_stable, says_stable) = *stable.lock().unwrap();
@@ -155,6 +162,9 @@ impl World {
                     let versions =
                         json!({"versions": ["v1.18"], "unstable_features": {"org.matrix.msc4140.stable": true}});
                     versions.to_string().into_response()
+                } else if seen.path == "/.well-known/matrix/client" && well_known.load(Ordering::Relaxed) {
+                    let base = format!("https://{}", seen.host);
+                    json!({"m.homeserver": {"base_url": base}}).to_string().into_response()
                 } else if seen.path.starts_with(STABLE) && !has_stable {
                     (StatusCode::NOT_FOUND, json!({"errcode": "M_UNRECOGNIZED"}).to_string()).into_response()
                 } else if seen.path.contains("/delayed_events/") {
@@ -173,7 +183,19 @@ impl World {
         let floor = Arc::new(Floor::default());
         let service = start(&settings, &floor, &shelf).await;
         let (router, webhooks) = (service.router(), Mutex::new(0));
-        Self { homeserver, called, answer, stable, shelf, floor, settings, service, router, webhooks }
+        Self {
+            homeserver,
+            called,
+            answer,
+            stable,
+            well_known,
+            shelf,
+            floor,
+            settings,
+            service,
+            router,
+            webhooks,
+        }
     }
 
     /// The service dies without a word, and another one starts.
@@ -288,6 +310,7 @@ async fn a_leave_is_kept_alive_and_sent_when_the_participant_goes() {
     assert_eq!(world.shelf.ids(), ["syd_1"], "in the store before the answer");
     assert_eq!(world.webhook("participant_joined", "").await, 200);
     assert_eq!(world.called(1).await, ["syd_1/restart"]);
+    world.until(|| world.service.delegation_stats().unwrap().restarts == 1).await;
     assert_eq!(world.webhook("participant_left", "SIGNAL_CLOSE").await, 200);
     assert_eq!(world.called(2).await, ["syd_1/restart", "syd_1/send"]);
     world.stored(0).await;
@@ -489,6 +512,9 @@ async fn refusals_come_in_the_order_that_clients_know() {
         ("/openid_token/access_token", json!("wrong"), (401, "M_UNAUTHORIZED".to_owned())),
         ("/member/claimed_user_id", json!("@bob:hs"), (401, "M_UNAUTHORIZED".to_owned())),
         ("/delay_id", json!(".."), bad.clone()),
+        ("/delay_id", json!("."), bad.clone()),
+        ("/delay_id", json!("syd\n1"), bad.clone()),
+        ("/delay_id", json!("x".repeat(256)), bad.clone()),
         ("/delay_timeout", json!(i64::MAX), bad.clone()),
         ("/delay_timeout", json!(1), bad),
     ] {
@@ -525,6 +551,20 @@ async fn a_homeserver_whose_api_cannot_be_found_is_refused_before_anything_is_ma
     assert_eq!(world.shelf.ids(), [] as [String; 0]);
     let asked: Vec<_> = world.homeserver.seen().into_iter().map(|s| s.path).collect();
     assert_eq!(asked.last().unwrap(), "/.well-known/matrix/client");
+}
+
+#[tokio::test]
+async fn many_who_look_for_one_homeserver_ask_it_once() {
+    let world = World::with(|s| s.cs_api_url_overrides.clear(), false).await;
+    world.well_known.store(true, Ordering::Relaxed);
+    let many = ["syd_1", "syd_2", "syd_3", "syd_4"].map(|id| world.delegate(id, 60_000));
+    let [a, b, c, d] = many;
+    let answers = tokio::join!(a, b, c, d);
+    assert_eq!([answers.0.0, answers.1.0, answers.2.0, answers.3.0], [200; 4]);
+    world.webhook("participant_joined", "").await;
+    world.called(1).await;
+    let asked = world.homeserver.seen().into_iter().filter(|s| s.path.starts_with("/.well-known/"));
+    assert_eq!(asked.count(), 1);
 }
 
 #[tokio::test]

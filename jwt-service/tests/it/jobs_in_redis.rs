@@ -92,8 +92,14 @@ impl Redis {
         command.args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--dir"]).arg(folder);
         command.args(["--save", "", "--appendonly", "yes", "--appendfsync", "always"]).args(more);
         let mut process = Process::start("Redis", command, &folder.join("log")).unwrap();
-        let answers = async || TcpStream::connect(("127.0.0.1", port)).await.is_ok();
-        process.until("its port", DEADLINE, answers).await.unwrap();
+        // It listens before it has read its files, and refuses everything until then.
+        let loaded = async || {
+            let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)).await else { return false };
+            let mut answer = [0; 8];
+            let asked = stream.write_all(b"PING\r\n").await;
+            asked.is_ok() && stream.read(&mut answer).await.is_ok() && answer != *b"-LOADING"
+        };
+        process.until("its files", DEADLINE, loaded).await.unwrap();
         process
     }
 

@@ -1,4 +1,5 @@
 //! The service as its peers see it: a client over HTTP, a homeserver over TLS, an SFU over Twirp.
+//! [`requirements`] says which test holds what.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(clippy::disallowed_methods, reason = "tests own their clock and tasks")]
 
@@ -26,5 +27,6 @@ mod redis_comes_and_goes_under_load;
 mod refusals;
 mod replicas;
 mod request_ids;
+mod requirements;
 mod sfu_calls;
 mod strangers_addresses;

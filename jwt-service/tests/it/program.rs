@@ -6,7 +6,7 @@ use std::{
 };
 
 use antiphon_jwt_service::{EMPTY_TIMEOUT, SETTINGS};
-use axum::{Router, body::Bytes, response::IntoResponse, routing::get};
+use axum::{Router, body::Bytes, http::Uri, response::IntoResponse, routing::get};
 use livekit_protocol::{CreateRoomRequest, Room};
 use prost::Message as _;
 use tokio::{
@@ -311,6 +311,32 @@ async fn operators_see_what_happens_on_a_listener_of_their_own() {
     assert_eq!(client.get(format!("http://{address}/metrics")).send().await.unwrap().status(), 404);
     drop(client);
     stop(&mut Running { child, address, stderr }).await;
+}
+
+#[tokio::test]
+async fn the_sfu_is_called_through_a_proxy_unless_it_is_here_or_excepted() {
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", proxy.local_addr().unwrap());
+    let asked = std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default();
+    let seen = asked.clone();
+    let router = Router::new().fallback(move |uri: Uri| {
+        seen.lock().unwrap().push(uri.to_string());
+        async { "OK" }
+    });
+    tokio::spawn(async move { axum::serve(proxy, router).await });
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let ready = async |url: &str, exception: &str| {
+        let mut running =
+            start(&[("LIVEKIT_URL", url), ("HTTP_PROXY", &address), ("NO_PROXY", exception)]).await;
+        let answer = client.get(format!("http://{}/readyz", running.address)).send().await.unwrap();
+        let answer = answer.text().await.unwrap();
+        stop(&mut running).await;
+        (answer.contains("\"sfu\":\"ok\""), std::mem::take(&mut *asked.lock().unwrap()))
+    };
+    assert_eq!(ready("ws://sfu.test:7880", "").await, (true, vec!["http://sfu.test:7880/".to_owned()]));
+    assert_eq!(ready("ws://sfu.test:7880", "sfu.test").await, (false, vec![]));
+    let (here, _) = sfu().await;
+    assert_eq!(ready(&here, "").await, (true, vec![]));
 }
 
 #[tokio::test]

@@ -22,6 +22,8 @@ use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use crate::support::Homeserver;
+
 #[derive(Clone, Debug)]
 struct Call {
     path: String,
@@ -199,6 +201,32 @@ async fn an_sfu_that_is_down_or_silent_is_an_error_in_bounded_time() {
     drop(listener);
     let sfu = TwirpSfu::new(&url, "k", &Secret::new("s")).unwrap();
     assert!(matches!(sfu.create_room("a").await, Err(SfuError::Unreachable(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_failed_connect_is_tried_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("ws://{}", listener.local_addr().unwrap());
+    drop(listener);
+    // On virtual time, only the pause before the second attempt takes any.
+    let began = tokio::time::Instant::now();
+    let sfu = TwirpSfu::new(&url, "k", &Secret::new("s")).unwrap();
+    assert!(matches!(sfu.create_room("a").await, Err(SfuError::Unreachable(_))));
+    assert!(began.elapsed() >= Duration::from_millis(100));
+
+    let livekit = LiveKit::start(|| StatusCode::SERVICE_UNAVAILABLE.into_response()).await;
+    assert!(matches!(livekit.create("").await, Err(SfuError::Refused { status: 503, .. })));
+    assert_eq!(livekit.calls().len(), 1);
+}
+
+#[tokio::test]
+async fn the_sfus_certificate_is_always_checked() {
+    // Signed by nobody, as a homeserver's may be in development; no setting lets an SFU's pass.
+    let pretender = Homeserver::start(|_| room()).await;
+    let url = format!("wss://{}", pretender.name());
+    let sfu = TwirpSfu::new(&url, "k", &Secret::new("s")).unwrap();
+    assert!(matches!(sfu.create_room("a").await, Err(SfuError::Unreachable(_))));
+    assert!(pretender.connections() > 0 && pretender.seen().is_empty());
 }
 
 #[tokio::test]
