@@ -171,6 +171,8 @@ tests() {
 
 fuzz_build() {
   fuzz_out=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
+  cargo metadata --manifest-path jwt-service/fuzz/Cargo.toml --locked --format-version 1 >/dev/null ||
+    fail "jwt-service/fuzz/Cargo.lock is behind: call cargo metadata there without --locked, and commit it"
   # No sanitizer: they find errors of memory, which safe Rust does not make, at twice the time. Without one
   # this needs no flag that only nightly compilers take.
   (cd jwt-service && PATH=$peers/bin:$PATH cargo fuzz build --sanitizer none --target-dir "$fuzz_out")
