@@ -39,6 +39,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(300);
 /// and beside the time that a client takes to enter: an SFU that restarts meanwhile has lost the room for whoever
 /// asked first as well.
 const REMEMBERED: Duration = Duration::from_secs(1);
+/// How many rooms are remembered that nobody asks for at the moment: a flood of them must not take memory.
+const MOST_REMEMBERED: usize = 1024;
 const PROTOBUF: HeaderValue = HeaderValue::from_static("application/protobuf");
 /// The largest answer we read. A room description is a few hundred bytes.
 const MAX_ANSWER: usize = 64 * 1024;
@@ -427,12 +429,17 @@ impl Made {
 }
 
 impl Rooms {
-    /// The place of the room `alias`. Places that nobody holds are forgotten once their time is over.
+    /// The place of the room `alias`. Places that nobody holds are forgotten once their time is over, or too many.
     fn place(&mut self, now: Instant, alias: &str) -> Place {
-        while let Some((since, _)) = self.order.front()
-            && now.saturating_duration_since(*since) >= 2 * REMEMBERED
-            && let Some((_, oldest)) = self.order.pop_front()
-        {
+        // Two, because one comes: what has piled up goes too, and no request does the work of many.
+        for _ in 0..2 {
+            let full = self.order.len() >= MOST_REMEMBERED;
+            let Some((_, oldest)) = self
+                .order
+                .pop_front_if(|(since, _)| full || now.saturating_duration_since(*since) >= REMEMBERED)
+            else {
+                break;
+            };
             match self.places.get(&oldest) {
                 Some(place) if Arc::strong_count(place) > 1 => self.order.push_back((now, oldest)),
                 _ => drop(self.places.remove(&oldest)),
@@ -551,6 +558,10 @@ mod tests {
         drop(held);
         drop(rooms.place(now + 4 * REMEMBERED, "newer"));
         assert_eq!((rooms.places.len(), rooms.order.len()), (1, 1));
+        for stranger in 0..3 * MOST_REMEMBERED {
+            drop(rooms.place(now + 4 * REMEMBERED, &stranger.to_string()));
+            assert!(rooms.places.len() <= MOST_REMEMBERED && rooms.order.len() == rooms.places.len());
+        }
     }
 
     #[test]
