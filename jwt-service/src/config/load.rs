@@ -744,6 +744,11 @@ mod tests {
         assert_eq!(first.settings.limits, second.settings.limits);
         assert_eq!(first.settings.full_access, second.settings.full_access);
         assert_eq!(first.bind, second.bind);
+        let zeros = self::sources(&[("LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS", "+060")], FILE).unwrap();
+        let again =
+            Sources::default().with_toml(Path::new("printed"), &Config::print(&zeros).into()).unwrap();
+        let interval = Some(Duration::from_mins(1));
+        assert_eq!(Config::load(&again).unwrap().delegation.sanity_interval, interval);
         // What a URL's query holds may be a secret as well.
         let query = self::sources(&[("LIVEKIT_REDIS_URL", "redis://h?password=hunter2")], FILE).unwrap();
         assert!(!Config::print(&query).contains("hunter2"));

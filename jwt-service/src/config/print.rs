@@ -31,7 +31,8 @@ fn shown(setting: &Setting, value: &str) -> String {
         "LIVEKIT_SECRET" => quoted(REDACTED),
         "LIVEKIT_REDIS_URL" | "LIVEKIT_URL" => quoted(&without_password(value)),
         _ => match setting.kind {
-            Kind::Number if value.parse::<u64>().is_ok_and(|n| n.to_string() == value) => value.to_owned(),
+            // As a file says it, which knows no leading zeros. Whatever is no number is refused elsewhere.
+            Kind::Number => value.parse::<i64>().map_or_else(|_| quoted(value), |n| n.to_string()),
             Kind::List => {
                 let names = value.replace(',', " ");
                 format!("[{}]", names.split_whitespace().map(quoted).collect::<Vec<_>>().join(", "))
