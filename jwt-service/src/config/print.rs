@@ -1,6 +1,6 @@
 //! The settings in effect, as a TOML file.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use url::Url;
 
@@ -45,9 +45,12 @@ fn shown(setting: &Setting, value: &str) -> String {
 fn map(value: &str) -> String {
     let entry = |entry: &str| {
         let (name, url) = entry.split_once('=')?;
-        Some(format!("{} = {}", quoted(name.trim()), quoted(&without_password(url.trim()))))
+        let shown = format!("{} = {}", quoted(name.trim()), quoted(&without_password(url.trim())));
+        Some((name.trim().to_ascii_lowercase(), shown))
     };
-    value.split(',').filter_map(entry).collect::<Vec<_>>().join("\n")
+    // Of a name that occurs twice the last counts, and a table can hold no other.
+    let entries: BTreeMap<_, _> = value.split(',').filter_map(entry).collect();
+    entries.into_values().collect::<Vec<_>>().join("\n")
 }
 
 /// A URL whose password, and whatever its query holds, is not shown.
