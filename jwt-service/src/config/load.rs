@@ -747,7 +747,7 @@ mod tests {
         // What variables may say and a file may not.
         let variables = [
             ("LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS", "+060"),
-            ("LIVEKIT_CS_API_URL_OVERRIDES", "a.org=http://x,A.org=http://y,a.org=http://z"),
+            ("LIVEKIT_CS_API_URL_OVERRIDES", "a.org=http://x,A.org=http://y,a.org=http://z,b\nc=http://x"),
         ];
         let printed = Config::print(&self::sources(&variables, FILE).unwrap());
         let again = Sources::default().with_toml(Path::new("printed"), &printed.into()).unwrap();

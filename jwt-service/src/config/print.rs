@@ -19,7 +19,7 @@ pub(super) fn print(sources: &Sources) -> String {
         // Writing to a String does not fail.
         let _ = match setting.kind {
             _ if value.is_empty() => writeln!(text, "# {key} is not set"),
-            Kind::Map => writeln!(tables, "\n[{key}]  # {place}\n{}", map(value)),
+            Kind::Map => write!(tables, "\n[{key}]  # {place}\n{}", map(value)),
             _ => writeln!(text, "{key} = {}  # {place}", shown(setting, value)),
         };
     }
@@ -45,12 +45,12 @@ fn shown(setting: &Setting, value: &str) -> String {
 fn map(value: &str) -> String {
     let entry = |entry: &str| {
         let (name, url) = entry.split_once('=')?;
-        let shown = format!("{} = {}", quoted(name.trim()), quoted(&without_password(url.trim())));
-        Some((name.trim().to_ascii_lowercase(), shown))
+        let url = toml::Value::String(without_password(url.trim()));
+        Some((name.trim().to_ascii_lowercase(), (name.trim().to_owned(), url)))
     };
     // Of a name that occurs twice the last counts, and a table can hold no other.
     let entries: BTreeMap<_, _> = value.split(',').filter_map(entry).collect();
-    entries.into_values().collect::<Vec<_>>().join("\n")
+    entries.into_values().collect::<toml::Table>().to_string()
 }
 
 /// A URL whose password, and whatever its query holds, is not shown.
