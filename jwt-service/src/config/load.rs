@@ -1015,6 +1015,16 @@ mod tests {
         assert_eq!(first.settings.limits, second.settings.limits);
         assert_eq!(first.settings.full_access, second.settings.full_access);
         assert_eq!(first.bind, second.bind);
+        // What variables may say and a file may not.
+        let variables = [
+            ("LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS", "+060"),
+            ("LIVEKIT_CS_API_URL_OVERRIDES", "a.org=http://x,A.org=http://y,a.org=http://z,b\nc=http://x"),
+        ];
+        let printed = Config::print(&self::sources(&variables, FILE).unwrap());
+        let again = Sources::default().with_toml(Path::new("printed"), &printed.into()).unwrap();
+        let again = Config::load(&again).unwrap();
+        assert_eq!(again.delegation.sanity_interval, Some(Duration::from_mins(1)));
+        assert_eq!(again.settings.cs_api_url_overrides["a.org"].as_str(), "http://z/");
         // What a URL's query holds may be a secret as well.
         let query = self::sources(&[("LIVEKIT_REDIS_URL", "redis://h?password=hunter2")], FILE).unwrap();
         assert!(!Config::print(&query).contains("hunter2"));

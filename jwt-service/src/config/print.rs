@@ -1,6 +1,6 @@
 //! The settings in effect, as a TOML file.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use url::Url;
 
@@ -19,9 +19,9 @@ pub(super) fn print(sources: &Sources) -> String {
         // Writing to a String does not fail.
         let _ = match setting.kind {
             _ if value.is_empty() => writeln!(text, "# {key} is not set"),
-            Kind::Map => writeln!(tables, "\n[{key}]  # {place}\n{}", map(value, without_password)),
+            Kind::Map => write!(tables, "\n[{key}]  # {place}\n{}", map(value, without_password)),
             Kind::Secrets => {
-                writeln!(tables, "\n[{key}]  # {place}\n{}", map(value, |_| REDACTED.to_owned()))
+                write!(tables, "\n[{key}]  # {place}\n{}", map(value, |_| REDACTED.to_owned()))
             }
             _ => writeln!(text, "{key} = {}  # {place}", shown(setting, value)),
         };
@@ -36,7 +36,8 @@ fn shown(setting: &Setting, value: &str) -> String {
             quoted(&without_password(value))
         }
         _ => match setting.kind {
-            Kind::Number if value.parse::<u64>().is_ok_and(|n| n.to_string() == value) => value.to_owned(),
+            // As a file says it, which knows no leading zeros. Whatever is no number is refused elsewhere.
+            Kind::Number => value.parse::<i64>().map_or_else(|_| quoted(value), |n| n.to_string()),
             Kind::List => {
                 let names = value.replace(',', " ");
                 format!("[{}]", names.split_whitespace().map(quoted).collect::<Vec<_>>().join(", "))
@@ -49,9 +50,12 @@ fn shown(setting: &Setting, value: &str) -> String {
 fn map(value: &str, shown: fn(&str) -> String) -> String {
     let entry = |entry: &str| {
         let (name, url) = entry.split_once('=')?;
-        Some(format!("{} = {}", quoted(name.trim()), quoted(&shown(url.trim()))))
+        let url = toml::Value::String(shown(url.trim()));
+        Some((name.trim().to_ascii_lowercase(), (name.trim().to_owned(), url)))
     };
-    value.split(',').filter_map(entry).collect::<Vec<_>>().join("\n")
+    // Of a name that occurs twice the last counts, and a table can hold no other.
+    let entries: BTreeMap<_, _> = value.split(',').filter_map(entry).collect();
+    entries.into_values().collect::<toml::Table>().to_string()
 }
 
 /// A URL whose password, and whatever its query holds, is not shown.

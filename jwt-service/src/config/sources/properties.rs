@@ -55,6 +55,9 @@ pub(crate) fn settings_file(data: &[u8]) {
         assert_eq!(first.settings.full_access, second.settings.full_access);
         assert_eq!(first.settings.private_homeservers, second.settings.private_homeservers);
         assert_eq!(first.settings.token_lifetime, second.settings.token_lifetime);
+        let named =
+            |config: &Config| config.settings.cs_api_url_overrides.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(named(first), named(&second));
         assert_eq!((&first.bind, &first.metrics), (&second.bind, &second.metrics));
         assert_eq!((first.connections, first.grace), (second.connections, second.grace));
         assert_eq!(first.delegation, second.delegation);
