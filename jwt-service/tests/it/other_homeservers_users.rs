@@ -138,7 +138,10 @@ async fn a_signed_request_for_a_member_gets_a_token_to_subscribe_with() {
         assert_eq!(claims["sub"], ParticipantIdentity::of_membership(&bob, "m1").as_str());
         assert_eq!(
             claims["video"],
-            json!({ "roomJoin": true, "room": alias.as_str(), "canPublish": false, "canSubscribe": true })
+            json!({
+                "roomJoin": true, "room": alias.as_str(),
+                "canPublish": false, "canPublishData": false, "canSubscribe": true,
+            })
         );
         assert_eq!(reply.json().as_object().unwrap().len(), 1);
         assert_eq!(reply.headers["content-type"], "application/json");
@@ -230,6 +233,24 @@ async fn keys_that_cannot_be_believed_are_not() {
         assert_eq!(them.seen().len(), 1, "{what}: not asked again at once");
         assert_eq!(us.seen().len(), 0, "{what}");
     }
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_admitted_is_not_asked_for_its_keys() {
+    let them = them(|| pair("a", 1)).await;
+    let bob = format!("@bob:{}", them.name());
+    let us = us({
+        let bob = bob.clone();
+        move || vec![bob.clone()]
+    })
+    .await;
+    let mut settings = side(&us);
+    settings.allowed_homeservers = Some(["elsewhere.example".to_owned()].into());
+    let client = Client::new(settings);
+    let authorization = sign(&pair("a", 1), &them.name(), &us.name(), PATHS[0], &body(&bob));
+    let reply = send(&client, PATHS[0], &authorization, &body(&bob)).await;
+    assert_eq!(reply.refusal(), (403, "M_FORBIDDEN".to_owned()));
+    assert_eq!((them.seen().len(), us.seen().len()), (0, 0));
 }
 
 #[tokio::test]

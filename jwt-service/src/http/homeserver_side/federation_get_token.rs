@@ -39,6 +39,11 @@ async fn answer(service: &Inner, path: &'static str, request: Request) -> Result
         tracing::warn!(cause = %error, "federation request refused");
         HomeserverRefusal::ServerUnauthorized
     })?;
+    let origin = credentials.origin();
+    if !service.settings.admits(origin.as_str()) {
+        tracing::info!(origin = origin.as_str(), "users of this homeserver are not admitted");
+        return Err(HomeserverRefusal::Forbidden.into());
+    }
     let uri = match request.uri().query() {
         Some(query) => format!("{path}?{query}"),
         None => path.to_owned(),
@@ -49,7 +54,6 @@ async fn answer(service: &Inner, path: &'static str, request: Request) -> Result
     verify(service, homeserver, &credentials, &signed).await?;
     let asked = FederationTokenRequest::decode(signed.body())?;
     drop(signed);
-    let origin = credentials.origin();
     if !asked.is_of(origin) {
         tracing::warn!(origin = origin.as_str(), "a server asks for a user who is not its own");
         return Err(HomeserverRefusal::Forbidden.into());
