@@ -65,7 +65,12 @@ impl Program {
 
     /// `path` at the address that clients and the SFU use.
     pub(crate) fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.port)
+        format!("http://{}{path}", self.address())
+    }
+
+    /// The address that clients and the SFU use.
+    pub(crate) fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
     }
 
     /// Status and body of `path` at the operators' address.

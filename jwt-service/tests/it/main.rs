@@ -10,6 +10,7 @@ mod a_killed_client_leaves_the_call;
 mod admission;
 mod browsers;
 mod delegated_leave;
+mod deployed_files;
 mod discovery;
 mod documented_settings;
 mod hostile_requests;

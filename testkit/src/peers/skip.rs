@@ -19,6 +19,12 @@ pub enum Peer {
     Chromium,
     /// Redis.
     Redis,
+    /// The reverse proxy nginx.
+    Nginx,
+    /// The reverse proxy Caddy.
+    Caddy,
+    /// The program that checks systemd's units.
+    SystemdAnalyze,
     /// A network namespace with nothing but `lo`.
     LoopbackOnly,
 }
@@ -42,6 +48,9 @@ impl Peer {
             ),
             Self::Chromium => (on_path("chromium"), "Chromium", apt("chromium")),
             Self::Redis => (on_path("redis-server"), "Redis", apt("redis-server")),
+            Self::Nginx => (on_path("nginx"), "nginx", apt("nginx-light")),
+            Self::Caddy => (on_path("caddy"), "Caddy", apt("caddy")),
+            Self::SystemdAnalyze => (on_path("systemd-analyze"), "systemd-analyze", apt("systemd")),
             Self::LoopbackOnly => (
                 namespace::only_loopback().then(|| PathBuf::from("/proc/self/net/dev")),
                 "a network namespace with nothing but loopback",
@@ -104,7 +113,9 @@ fn must_be_there(ci: Option<&str>) -> bool {
 }
 
 fn on_path(program: &str) -> Option<PathBuf> {
+    // Servers are often where only root's path leads.
     std::env::split_paths(&std::env::var_os("PATH")?)
+        .chain([PathBuf::from("/usr/sbin")])
         .map(|folder| folder.join(program))
         .find(|file| file.is_file())
 }
