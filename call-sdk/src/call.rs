@@ -85,6 +85,9 @@ pub struct CallOptions {
     pub trust: TrustPolicy,
     /// The focus to publish to, instead of the homeserver's first.
     pub focus: Option<LiveKitFocus>,
+    /// Whether the focus's authorisation service is asked to keep our delayed leave (MSC4195), so that the others see
+    /// within a moment when this process dies. Where that is not possible we keep it ourselves. The default is yes.
+    pub delegate_leave: bool,
     /// Timing of our own membership.
     pub membership: OwnConfig,
     /// Timing of our own media key.
@@ -99,6 +102,7 @@ impl Default for CallOptions {
             encryption: EncryptionPolicy::default(),
             trust: TrustPolicy::default(),
             focus: None,
+            delegate_leave: true,
             membership: OwnConfig::default(),
             keys: RolloutConfig::default(),
         }
@@ -178,6 +182,13 @@ pub enum CallEvent {
     },
     /// The homeserver schedules no delayed leave for us: if this process dies, we stay listed for hours.
     DelayedLeaveUnavailable {
+        /// Why, in words.
+        reason: String,
+    },
+    /// The focus's authorisation service keeps our delayed leave from now on.
+    LeaveDelegated,
+    /// It does not: if this process dies, the others see it after [`OwnConfig::leave_delay`].
+    DelegationFailed {
         /// Why, in words.
         reason: String,
     },

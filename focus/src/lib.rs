@@ -25,6 +25,7 @@ pub mod cli;
 pub mod config;
 pub mod observe;
 pub mod plane;
+mod presence;
 pub mod room;
 pub mod sdp;
 mod serve;

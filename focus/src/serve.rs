@@ -27,6 +27,7 @@ use tower::ServiceExt as _;
 use crate::config::{Config, ConfigError, FullAccess};
 use crate::observe::{Counters, Heartbeat, Stats};
 use crate::plane::{Command, Event, MediaPlane, PlaneConfig, PlaneError};
+use crate::presence::Goings;
 use crate::room::{AdminError, Presence, RoomOptions, Rooms, Settings};
 use crate::signal::{Manager, RoomHandle, Surface};
 use crate::{admin, signal};
@@ -278,11 +279,30 @@ async fn authorisation(
 
 /// Tells the authorisation service who comes and goes, as LiveKit does with webhooks.
 async fn watch(jwt: jwt::Service, mut presence: mpsc::Receiver<Presence>) {
-    while let Some(Presence { room, identity, sid, gone }) = presence.recv().await {
+    let tell = |Presence { room, identity, sid, gone }: Presence| {
         let (room, identity, sid) = (room.as_str(), identity.as_str(), sid.as_str());
         match gone {
             None => jwt.participant_joined(room, identity, sid),
             Some(reason) => jwt.participant_left(room, identity, sid, why(reason)),
+        }
+    };
+    let mut goings = Goings::default();
+    loop {
+        let due = async {
+            match goings.timeout() {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            presence = presence.recv() => match presence {
+                Some(presence) => goings.handle(Instant::now(), presence).map_or((), tell),
+                // The focus stops: whoever is away may come back to the next one.
+                None => return,
+            },
+            () = due => while let Some(gone) = goings.handle_timeout(Instant::now()) {
+                tell(gone);
+            },
         }
     }
 }

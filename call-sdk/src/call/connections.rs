@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use crate::{
-    foci::{FocusError, TokenClient},
+    foci::{DelayedLeave, FocusError, TokenClient},
     matrix::MatrixPort,
     member::LiveKitFocus,
     transport::{
@@ -26,6 +26,18 @@ pub type Connected = (Arc<dyn MediaTransport>, mpsc::Receiver<TransportEvent>);
 pub trait Connector: Send + Sync + fmt::Debug {
     /// Gets access to the call's room at `focus` for the device behind `port`, and connects.
     async fn connect(&self, focus: &LiveKitFocus, port: &dyn MatrixPort) -> Result<Connected, ConnectError>;
+
+    /// Asks the authorisation service of `focus`, to which there is a connection, to keep a delayed leave of the
+    /// device behind `port`. Whoever cannot says [`FocusError::NoDelegation`], as this does.
+    async fn delegate_leave(
+        &self,
+        focus: &LiveKitFocus,
+        port: &dyn MatrixPort,
+        leave: &DelayedLeave,
+    ) -> Result<(), FocusError> {
+        let _ = (focus, port, leave);
+        Err(FocusError::NoDelegation)
+    }
 }
 
 /// Why a focus could not be connected to.
@@ -65,6 +77,15 @@ impl Connector for LiveKitConnector {
         options.bind = self.bind.clone();
         let (transport, events) = LiveKitTransport::connect(options).await?;
         Ok((transport, events))
+    }
+
+    async fn delegate_leave(
+        &self,
+        focus: &LiveKitFocus,
+        port: &dyn MatrixPort,
+        leave: &DelayedLeave,
+    ) -> Result<(), FocusError> {
+        self.tokens.delegate_leave(focus, port, leave).await
     }
 }
 

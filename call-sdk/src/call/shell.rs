@@ -21,6 +21,7 @@ use super::{
     stats::{Arrival, Counters},
 };
 use crate::{
+    foci::{DelayedLeave, FocusError},
     frame_crypto::OpenError,
     matrix::{KeySendError, MatrixError, MatrixPort, MemberDevice, RoomFacts, RoomView, TrustPolicy, Update},
     media_keys::{
@@ -30,7 +31,9 @@ use crate::{
     },
     member::{LiveKitFocus, Member, MemberId, ParticipantIdentity},
     membership::{
-        own::{Event as OwnEvent, Input, Output, OwnMembership, Reply, RequestError, RequestId, Status},
+        own::{
+            Event as OwnEvent, Input, Output, OwnMembership, Reply, RequestError, RequestId, Status,
+        },
         roster::{Change, Roster},
         wire::{self, OwnDescription},
     },
@@ -177,6 +180,9 @@ impl Shell {
         mut commands: mpsc::Receiver<Command>,
     ) {
         self.own.handle(now(), Input::Join(description));
+        if self.parts.options.delegate_leave {
+            self.own.handle(now(), Input::OfferDelegation);
+        }
         self.view.dirty = true;
         loop {
             let wake = self.drain();
@@ -222,12 +228,16 @@ impl Shell {
             match self.own.poll(now) {
                 Output::Request { id, request, timeout } => {
                     let (port, key) = (self.parts.port.clone(), self.state_key.clone());
-                    self.work.spawn(async move {
-                        let within = port.membership_request(&key, request, timeout);
-                        let result = tokio::time::timeout(timeout, within)
-                            .await
-                            .unwrap_or(Err(RequestError::TimedOut));
-                        Done::Membership(id, result)
+                    self.perform(id, timeout, async move {
+                        port.membership_request(&key, request, timeout).await
+                    });
+                }
+                Output::Delegate { id, delay_id, delay, timeout } => {
+                    let (port, connector) = (self.parts.port.clone(), self.parts.connector.clone());
+                    let (focus, leave) = (self.parts.focus.clone(), DelayedLeave { delay_id, delay });
+                    self.perform(id, timeout, async move {
+                        let delegated = connector.delegate_leave(&focus, port.as_ref(), &leave).await;
+                        delegated.map(|()| Reply::Done).map_err(|error| delegation_error(&error))
                     });
                 }
                 Output::Event(event) => self.on_own_event(event),
@@ -288,6 +298,19 @@ impl Shell {
             wake = wake.min(ending.deadline);
         }
         wake
+    }
+
+    /// Starts one request of our own membership.
+    fn perform(
+        &mut self,
+        id: RequestId,
+        timeout: Duration,
+        request: impl Future<Output = Result<Reply, RequestError>> + Send + 'static,
+    ) {
+        self.work.spawn(async move {
+            let result = tokio::time::timeout(timeout, request).await.unwrap_or(Err(RequestError::TimedOut));
+            Done::Membership(id, result)
+        });
     }
 
     async fn tick(&mut self) {
@@ -429,6 +452,8 @@ impl Shell {
             OwnEvent::DelayedLeaveUnavailable { reason } => {
                 self.tell(CallEvent::DelayedLeaveUnavailable { reason });
             }
+            OwnEvent::LeaveDelegated => self.tell(CallEvent::LeaveDelegated),
+            OwnEvent::DelegationFailed { reason } => self.tell(CallEvent::DelegationFailed { reason }),
             OwnEvent::Fatal { message } => self.end(message),
         }
     }
@@ -600,6 +625,20 @@ fn instant() -> Instant {
 fn now() -> Now {
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Now { instant: instant(), unix: UnixMillis(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)) }
+}
+
+/// What the failure of a delegation means to the membership: whether it is worth another try.
+fn delegation_error(error: &FocusError) -> RequestError {
+    match error {
+        FocusError::Refused { status: 429, .. } => RequestError::RateLimited { retry_after: None },
+        FocusError::Refused { status: 500.., .. } | FocusError::Http { .. } | FocusError::Matrix(_) => {
+            RequestError::Network
+        }
+        FocusError::Refused { .. }
+        | FocusError::Malformed { .. }
+        | FocusError::NoFocus { .. }
+        | FocusError::NoDelegation => RequestError::Other { message: describe(error) },
+    }
 }
 
 /// An error with its causes on one line.

@@ -28,6 +28,21 @@ impl std::fmt::Debug for SfuAccess {
     }
 }
 
+/// A delayed leave (MSC4140) as its homeserver holds it.
+#[derive(Clone)]
+pub struct DelayedLeave {
+    /// Its handle, a capability: redacted in `Debug`.
+    pub delay_id: String,
+    /// How long after its last restart it is sent.
+    pub delay: std::time::Duration,
+}
+
+impl std::fmt::Debug for DelayedLeave {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DelayedLeave").field("delay", &self.delay).finish_non_exhaustive()
+    }
+}
+
 /// Asks authorisation services for SFU access.
 #[derive(Clone, Debug)]
 pub struct TokenClient {
@@ -59,17 +74,48 @@ impl TokenClient {
         focus: &LiveKitFocus,
         port: &dyn MatrixPort,
     ) -> Result<SfuAccess, FocusError> {
+        self.exchange(focus, port, None).await
+    }
+
+    /// Asks the service to keep a delayed leave of this device alive while the device is on the SFU, and to have it
+    /// sent when the device is gone (MSC4195 §Delegation of Delayed Leave). In compatibility mode that is another
+    /// exchange at `sfu/get`, for the same identity; the access that comes with it is not needed.
+    ///
+    /// # Errors
+    /// [`FocusError::Refused`] with 400 from services that do not do this, or not for users of this homeserver.
+    pub async fn delegate_leave(
+        &self,
+        focus: &LiveKitFocus,
+        port: &dyn MatrixPort,
+        leave: &DelayedLeave,
+    ) -> Result<(), FocusError> {
+        self.exchange(focus, port, Some(leave)).await.map(drop)
+    }
+
+    async fn exchange(
+        &self,
+        focus: &LiveKitFocus,
+        port: &dyn MatrixPort,
+        leave: Option<&DelayedLeave>,
+    ) -> Result<SfuAccess, FocusError> {
         #[derive(Serialize)]
         struct Body<'a> {
             room: &'a str,
             openid_token: &'a OpenIdToken,
             device_id: &'a str,
+            // Services may refuse members that they do not know, so these come only when they are meant.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            delay_id: Option<&'a str>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            delay_timeout: Option<u64>,
         }
         let openid_token = port.openid_token().await?;
         let body = Body {
             room: port.room_id().as_str(),
             openid_token: &openid_token,
             device_id: port.device_id().as_str(),
+            delay_id: leave.map(|leave| leave.delay_id.as_str()),
+            delay_timeout: leave.map(|leave| u64::try_from(leave.delay.as_millis()).unwrap_or(u64::MAX)),
         };
         let service = focus.service_url.trim_end_matches('/').to_owned();
         let failed = |source| FocusError::Http { service: service.clone(), source };
@@ -152,6 +198,9 @@ pub enum FocusError {
         /// Its own words.
         message: String,
     },
+    /// This way to connect knows no service that delayed leaves can be delegated to.
+    #[error("delayed leaves cannot be delegated here")]
+    NoDelegation,
     /// The authorisation service answered nonsense.
     #[error("the authorisation service {service} gave an unusable answer: {reason}")]
     Malformed {

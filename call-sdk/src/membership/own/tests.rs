@@ -55,6 +55,9 @@ struct Call {
     /// Every request with its time in milliseconds since the start.
     log: Vec<(u64, Request)>,
     events: Vec<(u64, Event)>,
+    /// What the focus's service does when it is asked to keep a delayed leave, and when it was asked for which.
+    service: fn() -> Answer,
+    delegated: Vec<(u64, String, Duration)>,
     unanswered: Vec<(Instant, RequestId)>,
 }
 
@@ -68,6 +71,8 @@ impl Call {
             now: start,
             log: Vec::new(),
             events: Vec::new(),
+            service: || Answered(Ok(Reply::Done)),
+            delegated: Vec::new(),
             unanswered: Vec::new(),
         }
     }
@@ -106,6 +111,14 @@ impl Call {
                     assert!(self.log.len() < 100_000, "the machine spins");
                     self.log.push((self.elapsed(), request.clone()));
                     match answer(self.log.len(), &request) {
+                        Answered(result) => self.own.handle(self.now, Input::Reply { id, result }),
+                        Never => self.unanswered.push((self.now.instant + timeout, id)),
+                    }
+                }
+                Output::Delegate { id, delay_id, delay, timeout } => {
+                    assert!(self.delegated.len() < 1000, "the machine spins");
+                    self.delegated.push((self.elapsed(), delay_id, delay));
+                    match (self.service)() {
                         Answered(result) => self.own.handle(self.now, Input::Reply { id, result }),
                         Never => self.unanswered.push((self.now.instant + timeout, id)),
                     }
@@ -757,6 +770,183 @@ fn after_a_fatal_error_leaving_still_ends_the_membership() {
     assert_eq!(call.log.last().unwrap().1, Request::SendLeave { delay_id: "delay1".to_owned() });
 }
 
+const HOUR: u64 = 3_600_000;
+
+fn restarts_of<'a>(call: &'a Call, id: &'a str) -> impl Iterator<Item = u64> + 'a {
+    let of = move |request: &Request| matches!(request, Request::RestartLeave { delay_id } if delay_id == id);
+    call.log.iter().filter(move |(_, request)| of(request)).map(|(at, _)| *at)
+}
+
+fn is_cancel_of(request: &Request, id: &str) -> bool {
+    matches!(request, Request::CancelLeave { delay_id } if delay_id == id)
+}
+
+/// A call that has handed its delayed leave `delay1` over.
+fn delegated() -> Call {
+    let mut call = Call::joined(OwnConfig::default());
+    call.input(Input::OfferDelegation);
+    call.run(1, obliging);
+    call
+}
+
+#[test]
+fn a_focus_that_keeps_a_long_delayed_leave_replaces_the_short_one() {
+    let mut call = delegated();
+    let expected = [
+        Request::ScheduleLeave { delay: ms(HOUR) },
+        // After the service has taken the long one.
+        Request::CancelLeave { delay_id: "delay1".to_owned() },
+    ];
+    assert_eq!(call.log.iter().map(|(_, request)| request.clone()).collect::<Vec<_>>(), expected);
+    assert_eq!(call.delegated, [(0, "delay1".to_owned(), ms(HOUR))]);
+    assert_eq!(call.events, [(0, Event::LeaveDelegated)]);
+    call.log.clear();
+    call.run(1_000_000, obliging);
+    assert_eq!(call.times(is_restart), [300_000, 600_000, 900_000]);
+}
+
+#[test]
+fn the_short_leave_is_kept_alive_until_the_focus_has_the_long_one() {
+    let mut call = Call::joined(OwnConfig::default());
+    call.service = || Never;
+    call.input(Input::OfferDelegation);
+    call.run(500_000, |_, request| match request {
+        Request::ScheduleLeave { .. } => Answered(Ok(Reply::Scheduled { delay_id: "long".to_owned() })),
+        _ => obliging(0, request),
+    });
+    let mut last = 0;
+    for at in restarts_of(&call, "delay1") {
+        assert!(at - last < 18_000, "a gap from {last} to {at}");
+        last = at;
+    }
+    assert!(last > 480_000);
+    assert!(!call.log.iter().any(|(_, request)| is_cancel_of(request, "delay1")));
+    // A service that does not answer is given up, and what it was to keep is cancelled.
+    assert_eq!(call.delegated.len(), 12);
+    assert!(call.log.iter().any(|(_, request)| is_cancel_of(request, "long")));
+    assert!(matches!(&call.events[..], [(_, Event::DelegationFailed { .. })]), "{:?}", call.events);
+}
+
+#[test]
+fn a_focus_that_refuses_leaves_all_as_it_was() {
+    let mut call = Call::joined(OwnConfig::default());
+    call.service = || Answered(Err(RequestError::Other { message: "400 M_BAD_JSON".to_owned() }));
+    call.input(Input::OfferDelegation);
+    call.run(60_000, |_, request| match request {
+        Request::ScheduleLeave { .. } => Answered(Ok(Reply::Scheduled { delay_id: "long".to_owned() })),
+        _ => obliging(0, request),
+    });
+    assert_eq!(call.delegated.len(), 1);
+    assert!(call.log.iter().any(|(_, request)| is_cancel_of(request, "long")));
+    assert_eq!(restarts_of(&call, "delay1").collect::<Vec<_>>(), (1..=15).map(|n| n * 4000).collect::<Vec<_>>());
+    let [(0, Event::DelegationFailed { reason })] = &call.events[..] else { panic!("{:?}", call.events) };
+    assert!(reason.contains("M_BAD_JSON"));
+}
+
+#[test]
+fn a_short_leave_that_cannot_be_cancelled_goes_on() {
+    let mut call = Call::joined(OwnConfig::default());
+    call.input(Input::OfferDelegation);
+    call.run(60_000, |n, request| match request {
+        Request::CancelLeave { .. } => Answered(Err(RequestError::Other { message: "no".to_owned() })),
+        _ => obliging(n, request),
+    });
+    assert_eq!(restarts_of(&call, "delay1").last(), Some(60_000));
+    assert!(matches!(&call.events[..], [(0, Event::DelegationFailed { .. })]), "{:?}", call.events);
+}
+
+#[test]
+fn the_homeservers_limit_holds_for_the_long_leave_too() {
+    let limited_to = |max: u64| {
+        let mut call = Call::joined(OwnConfig::default());
+        call.input(Input::OfferDelegation);
+        call.run(200_000, |n, request| match request {
+            Request::ScheduleLeave { delay } if *delay > ms(max) => {
+                Answered(Err(RequestError::MaxDelayExceeded { max: Some(ms(max)) }))
+            }
+            _ => obliging(n, request),
+        });
+        call
+    };
+    let call = limited_to(120_000);
+    assert_eq!(call.delegated[0].2, ms(120_000));
+    assert_eq!(call.times(is_restart), [80_000, 160_000], "two thirds of it");
+    let call = limited_to(59_999);
+    assert!(call.delegated.is_empty());
+    assert!(matches!(&call.events[..], [(0, Event::DelegationFailed { .. })]), "{:?}", call.events);
+}
+
+#[test]
+fn leaving_sends_the_delegated_leave() {
+    let mut call = delegated();
+    call.input(Input::Leave);
+    call.run(1000, obliging);
+    assert_eq!(call.log.last().unwrap().1, Request::SendLeave { delay_id: "delay1".to_owned() });
+    assert_eq!(call.own.status(), Status::Disconnected);
+}
+
+#[test]
+fn leaving_in_the_middle_leaves_nothing_that_fires() {
+    let mut call = Call::joined(OwnConfig::default());
+    call.service = || Never;
+    call.input(Input::OfferDelegation);
+    let scheduled = |_: usize, request: &Request| match request {
+        Request::ScheduleLeave { .. } => Answered(Ok(Reply::Scheduled { delay_id: "long".to_owned() })),
+        _ => obliging(0, request),
+    };
+    call.run(1, scheduled);
+    call.input(Input::Leave);
+    call.run(1000, scheduled);
+    assert!(call.log.iter().any(|(_, request)| is_cancel_of(request, "long")), "{:?}", call.log);
+    assert_eq!(call.own.status(), Status::Disconnected);
+}
+
+#[test]
+fn a_delegated_leave_that_is_gone_is_replaced_and_delegated_again() {
+    let mut call = delegated();
+    call.log.clear();
+    let mut gone = false;
+    call.run(301_000, |n, request| match request {
+        Request::RestartLeave { .. } if !std::mem::replace(&mut gone, true) => {
+            Answered(Err(RequestError::NotFound))
+        }
+        Request::ScheduleLeave { delay } => {
+            Answered(Ok(Reply::Scheduled { delay_id: format!("again{}", delay.as_secs()) }))
+        }
+        _ => obliging(n, request),
+    });
+    assert_eq!(call.delegated.last().unwrap().1, "again3600");
+    assert!(call.log.iter().any(|(_, request)| is_cancel_of(request, "again18")));
+}
+
+#[test]
+fn who_is_removed_joins_again_and_delegates_again() {
+    let mut call = delegated();
+    call.run(100_000, obliging);
+    call.log.clear();
+    call.input(Input::OwnSeen(false));
+    call.run(100_001, |_, request| match request {
+        Request::ScheduleLeave { delay } => {
+            Answered(Ok(Reply::Scheduled { delay_id: format!("again{}", delay.as_secs()) }))
+        }
+        _ => obliging(0, request),
+    });
+    assert_eq!(call.puts().len(), 1);
+    assert_eq!(call.delegated.len(), 2);
+    assert_eq!(call.delegated[1].1, "again3600");
+}
+
+#[test]
+fn a_write_is_followed_by_a_restart_of_the_delegated_leave() {
+    let mut call = delegated();
+    call.run(100_000, obliging);
+    call.log.clear();
+    call.input(Input::SetIntent(Some("video".to_owned())));
+    call.run(100_001, obliging);
+    assert_eq!(call.times(is_put), [100_000]);
+    assert_eq!(call.times(is_restart), [100_000], "the write may have cancelled it");
+}
+
 fn any_result() -> impl Strategy<Value = Result<Reply, RequestError>> {
     prop_oneof![
         6 => Just(Ok(Reply::Done)),
@@ -790,6 +980,7 @@ fn any_turn() -> impl Strategy<Value = Turn> {
         1 => any::<u64>().prop_map(|at| Turn::Input(Input::OwnCreated(UnixMillis(at)))),
         1 => prop::option::of("[ab]").prop_map(|intent| Turn::Input(Input::SetIntent(intent))),
         1 => Just(Turn::Input(Input::Renew)),
+        1 => Just(Turn::Input(Input::OfferDelegation)),
         12 => any_result().prop_map(Turn::Answer),
         2 => (0_u64..20).prop_map(Turn::AnswerAgain),
         6 => (0_u64..20_000).prop_map(Turn::Pass),
@@ -798,14 +989,22 @@ fn any_turn() -> impl Strategy<Value = Turn> {
     ]
 }
 
+/// The delayed leave that the service is asked to keep, and its delay in milliseconds; 0 if there is none.
+fn handed_over(call: &Call) -> (String, u128) {
+    let (delay_id, delay) = call.own.delegation.handed_over();
+    (delay_id, delay.as_millis())
+}
+
 proptest! {
     /// Whatever the homeserver answers and the clocks do: no panic, no spinning, one request at a time, no
-    /// status told twice; every delayed leave that we know of is the current one, waits to be cancelled, or
-    /// was asked to go; and on a homeserver that is well again, leaving comes to an end.
+    /// status told twice; every delayed leave that we know of is the current one, is on its way to the focus's
+    /// service or kept by it, waits to be cancelled, or was asked to go; and on a homeserver that is well again, leaving comes to an end.
     #[test]
     fn nothing_confuses_the_machine(turns in prop::collection::vec(any_turn(), 0..120)) {
         let mut call = Call::new(OwnConfig::default());
-        let mut pending: Option<(RequestId, Request)> = None;
+        // `None`: the focus's service is asked.
+        let mut pending: Option<(RequestId, Option<Request>)> = None;
+        let mut kept: BTreeSet<String> = BTreeSet::new();
         let mut live: BTreeSet<String> = BTreeSet::new();
         let mut asked_to_go: BTreeSet<String> = BTreeSet::new();
         let mut status = Status::Disconnected;
@@ -815,15 +1014,21 @@ proptest! {
                 Turn::Input(input) => call.input(input),
                 Turn::Answer(result) => if let Some((id, request)) = pending.take() {
                     let result = match (&request, result) {
-                        (Request::ScheduleLeave { .. }, Ok(Reply::Done)) => {
+                        (Some(Request::ScheduleLeave { .. }), Ok(Reply::Done)) => {
                             scheduled += 1;
                             live.insert(format!("d{scheduled}"));
                             Ok(Reply::Scheduled { delay_id: format!("d{scheduled}") })
                         }
-                        (Request::RestartLeave { delay_id } | Request::SendLeave { delay_id }, result) => {
+                        (None, result) => {
+                            if result.is_ok() && let (delay_id, 1..) = handed_over(&call) {
+                                kept.insert(delay_id);
+                            }
+                            result
+                        }
+                        (Some(Request::RestartLeave { delay_id } | Request::SendLeave { delay_id }), result) => {
                             let not_found = result == Err(RequestError::NotFound);
                             let unsupported = result == Err(RequestError::Unsupported);
-                            let sent = matches!(request, Request::SendLeave { .. }) && result.is_ok();
+                            let sent = matches!(request, Some(Request::SendLeave { .. })) && result.is_ok();
                             if not_found || unsupported || sent {
                                 live.remove(delay_id);
                             }
@@ -866,7 +1071,11 @@ proptest! {
                                 .saturating_add(content["expires"].as_u64().unwrap());
                             prop_assert!(until >= call.now.unix.0.saturating_add(4 * 3_600_000) || until == u64::MAX);
                         }
-                        pending = Some((id, request));
+                        pending = Some((id, Some(request)));
+                    }
+                    Output::Delegate { id, delay_id, .. } => {
+                        prop_assert!(live.contains(&delay_id), "{} is unknown", delay_id);
+                        pending = Some((id, None));
                     }
                     Output::WaitUntil(at) => {
                         prop_assert!(at > call.now.instant);
@@ -879,10 +1088,15 @@ proptest! {
                 }
             }
             let current = call.own.delayed.as_ref().map(|delayed| &delayed.id);
+            let (handed_over, _) = handed_over(&call);
             let stale: BTreeSet<_> = call.own.stale.iter().map(|stale| &stale.id).collect();
             for id in &live {
                 prop_assert!(
-                    Some(id) == current || stale.contains(id) || asked_to_go.contains(id),
+                    Some(id) == current
+                        || *id == handed_over
+                        || kept.contains(id)
+                        || stale.contains(id)
+                        || asked_to_go.contains(id),
                     "{} is forgotten", id
                 );
             }
@@ -900,6 +1114,7 @@ proptest! {
                             call.input(Input::Reply { id, result });
                         }
                     }
+                    Output::Delegate { .. } => prop_assert!(false, "nothing is delegated any more"),
                     Output::WaitUntil(at) => call.now = call.now.plus(at - call.now.instant),
                     Output::Event(_) => {}
                     Output::Idle => break,
