@@ -164,6 +164,9 @@ pub(super) fn is_soft_logout(body: &[u8]) -> bool {
     serde_json::from_slice(body).is_ok_and(|Refusal { soft_logout }| soft_logout)
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
