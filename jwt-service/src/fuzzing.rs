@@ -12,15 +12,18 @@
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use url::Url;
 
-use crate::{config, delegation, http, limits, openid, store};
+use crate::{config, delegation, homeserver_side, http, limits, openid, store};
 
 type Property = fn(&[u8]);
 
 /// All of them, by the names of the targets and of the folders in the corpus.
-const TARGETS: [(&str, Property); 11] = [
+const TARGETS: [(&str, Property); 14] = [
     ("forwarded_for", limits::properties::forwarded_for),
     ("homeserver_answer", homeserver_answer),
+    ("homeserver_document", homeserver_document),
+    ("homeserver_request", homeserver_request),
     ("job_log", store::job_log),
     ("job_machine", delegation::job_machine),
     ("job_registry", delegation::job_registry),
@@ -30,6 +33,7 @@ const TARGETS: [(&str, Property); 11] = [
     ("stored_job", store::stored_job),
     ("webhook", http::webhook),
     ("well_known", well_known),
+    ("x_matrix", x_matrix),
 ];
 
 /// Checks the property of `target` on `data`.
@@ -50,6 +54,28 @@ fn homeserver_answer(data: &[u8]) {
     openid::userinfo_answer(&text(name), body);
 }
 
+/// The first line is a status and a Matrix ID; then comes the body. The whole is also read as a signing key file.
+fn homeserver_document(data: &[u8]) {
+    let (head, body) = line(data);
+    let head = text(head);
+    let (status, user_id) = head.split_once(' ').unwrap_or_default();
+    homeserver_side::homeserver_side_answer(status.parse().unwrap_or(200), user_id, body);
+    homeserver_side::signing_key_file(&text(data));
+}
+
+/// The first line is an `Authorization` header; then comes the body, whose `url` may be our SFU's.
+fn homeserver_request(data: &[u8]) {
+    let (header, body) = line(data);
+    homeserver_side::bearer_header(header);
+    homeserver_side::membership_request(body);
+    let value: Value = serde_json::from_slice(body).unwrap_or_default();
+    if let Some(url) = value["url"].as_str()
+        && let Ok(ours) = Url::parse("wss://sfu.us.org/livekit")
+    {
+        http::sfu_url(url, &ours);
+    }
+}
+
 /// The first line is a server name, the second a list of them, the third overrides, as an operator writes them.
 fn server_name(data: &[u8]) {
     let (name, rest) = line(data);
@@ -66,6 +92,21 @@ fn well_known(data: &[u8]) {
     if let Some(base) = openid::client_document(document) {
         delegation::delayed_event_url(&base, &text(delay_id));
     }
+}
+
+/// The first line is a method and a path, the second a body; then come `Authorization` headers, one a line, up to an
+/// empty line; then the time and the document with the other server's keys.
+fn x_matrix(data: &[u8]) {
+    let (start, rest) = line(data);
+    let (body, rest) = line(rest);
+    let mut headers = Vec::new();
+    let (mut header, mut rest) = line(rest);
+    while !header.is_empty() {
+        headers.push(header);
+        (header, rest) = line(rest);
+    }
+    homeserver_side::signed_request(&text(start), body, &headers);
+    homeserver_side::published_keys(rest);
 }
 
 /// The first line of `data`, and what comes after it.

@@ -7,6 +7,8 @@ use serde::{
     de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor},
 };
 
+use crate::secret::Secret;
+
 /// The longest token for an SFU that we pass on.
 const MAX_JWT: usize = 16 * 1024;
 
@@ -110,7 +112,7 @@ pub(super) fn delayed_event(body: &[u8]) -> Option<DelayedEvent> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum RemoteToken {
     /// The token.
-    Jwt(String),
+    Jwt(Secret),
     /// 403 `M_FORBIDDEN`: to be told to the client.
     Forbidden,
     /// 400 `M_INVALID_PARAM`: to be told to the client.
@@ -133,7 +135,7 @@ impl RemoteToken {
                         && jwt.len() <= MAX_JWT
                         && jwt.bytes().all(|b| b.is_ascii_graphic()) =>
                 {
-                    Self::Jwt(jwt)
+                    Self::Jwt(jwt.into())
                 }
                 _ => Self::Failed,
             },
@@ -161,6 +163,9 @@ pub(super) fn is_soft_logout(body: &[u8]) -> bool {
     }
     serde_json::from_slice(body).is_ok_and(|Refusal { soft_logout }| soft_logout)
 }
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
 
 #[cfg(test)]
 mod tests {
@@ -210,7 +215,7 @@ mod tests {
     #[test]
     fn of_another_servers_answer_only_what_the_msc_says_is_passed_on() {
         let read = |status, body: &str| RemoteToken::read(status, body.as_bytes());
-        assert_eq!(read(200, r#"{"jwt":"a.b.c"}"#), RemoteToken::Jwt("a.b.c".to_owned()));
+        assert_eq!(read(200, r#"{"jwt":"a.b.c"}"#), RemoteToken::Jwt("a.b.c".into()));
         assert_eq!(read(403, r#"{"errcode":"M_FORBIDDEN","error":"x"}"#), RemoteToken::Forbidden);
         assert_eq!(read(400, r#"{"errcode":"M_INVALID_PARAM"}"#), RemoteToken::InvalidParam);
         let long = format!(r#"{{"jwt":"{}"}}"#, "a".repeat(MAX_JWT + 1));
@@ -229,6 +234,12 @@ mod tests {
         ] {
             assert_eq!(read(status, body), RemoteToken::Failed, "{status} {body}");
         }
+    }
+
+    #[test]
+    fn another_servers_token_is_not_printed() {
+        let token = RemoteToken::read(200, br#"{"jwt":"a.b.c"}"#);
+        assert_eq!(format!("{token:?}"), "Jwt([redacted])");
     }
 
     proptest! {

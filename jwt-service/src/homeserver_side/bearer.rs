@@ -43,6 +43,9 @@ pub(crate) enum BadBearer {
     Unusable,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use hyper::header::HeaderValue;

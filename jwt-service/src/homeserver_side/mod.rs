@@ -25,6 +25,12 @@ pub(crate) use self::{
     shell::{AskError, Homeserver},
     x_matrix::Credentials,
 };
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::{
+    answers::properties::homeserver_side_answer, bearer::properties::bearer_header,
+    request::properties::membership_request, server_keys::properties::published_keys,
+    signing_key::properties::signing_key_file, x_matrix::properties::signed_request,
+};
 use crate::{openid::ServerName, secret::Secret};
 
 /// The homeserver that this service answers for.

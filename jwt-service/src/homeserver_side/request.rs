@@ -67,7 +67,8 @@ impl Membership {
     fn read(body: &Object) -> Result<Self, RequestError> {
         let url = body.needed("url")?;
         let room_id = body.needed("room_id")?;
-        let room = room_id.starts_with('!') && room_id.len() <= MAX_ID;
+        // `Url` leaves tabs and line ends out: it would be another room that the homeserver is asked about.
+        let room = room_id.starts_with('!') && room_id.len() <= MAX_ID && !room_id.contains(char::is_control);
         if !room {
             return Err(RequestError::Invalid("room_id is not the ID of a room"));
         }
@@ -200,6 +201,9 @@ impl Object {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -284,6 +288,7 @@ mod tests {
         }
         for (name, value) in [
             ("room_id", json!("#alias:hs")),
+            ("room_id", json!("!room\t:hs")),
             ("room_id", json!(format!("!{}", "x".repeat(255)))),
             ("server_name", json!("a b")),
         ] {

@@ -156,6 +156,9 @@ impl KeyCache {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 pub(super) mod tests {
     use proptest::prelude::*;

@@ -235,9 +235,9 @@ impl Homeserver {
 }
 
 /// `base` with more segments, each encoded as one: no ID can climb out of its place.
-fn below(base: &Url, path: &[&str]) -> Option<Url> {
-    // `Url` drops these two even when they are pushed as segments.
-    if path.iter().any(|segment| matches!(*segment, "." | "..")) {
+pub(super) fn below(base: &Url, path: &[&str]) -> Option<Url> {
+    // `Url` drops these two even when they are pushed as segments, and tabs and line ends within any.
+    if path.iter().any(|segment| matches!(*segment, "." | "..") || segment.contains(['\t', '\n', '\r'])) {
         return None;
     }
     let mut url = base.clone();
@@ -333,8 +333,8 @@ mod tests {
         let base: Url = "http://127.0.0.1:8008/prefix/".parse().unwrap();
         let url = below(&base, &["rooms", "!a/../b?c#d%2e:hs", "state"]).unwrap();
         assert_eq!(url.as_str(), "http://127.0.0.1:8008/prefix/rooms/!a%2F..%2Fb%3Fc%23d%252e:hs/state");
-        for climbing in [".", ".."] {
-            assert_eq!(below(&base, &["rooms", climbing, "state"]), None);
+        for changed in [".", "..", "!a\t:hs", "!a\n:hs", "!a:hs\r"] {
+            assert_eq!(below(&base, &["rooms", changed, "state"]), None);
         }
     }
 

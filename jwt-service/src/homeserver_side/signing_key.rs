@@ -101,6 +101,9 @@ pub enum BadSigningKey {
     Seed,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;

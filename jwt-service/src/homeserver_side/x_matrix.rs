@@ -91,6 +91,9 @@ pub(crate) enum CredentialsError {
     FromUs,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod properties;
+
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;

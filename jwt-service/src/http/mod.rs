@@ -27,7 +27,9 @@ use axum::{
 
 pub(crate) use self::{admit::causes, sfu_webhook::Replays};
 #[cfg(any(test, feature = "fuzzing"))]
-pub(crate) use self::{json::properties::request_body, sfu_webhook::properties::webhook};
+pub(crate) use self::{
+    homeserver_side::properties::sfu_url, json::properties::request_body, sfu_webhook::properties::webhook,
+};
 use crate::Inner;
 
 pub(crate) fn router(service: Arc<Inner>) -> Router {

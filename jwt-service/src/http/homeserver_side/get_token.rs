@@ -52,7 +52,7 @@ async fn answer(service: &Inner, request: Request) -> Result<Token, Refusal> {
             match service.asking(&server, remote).await? {
                 RemoteToken::Jwt(jwt) => {
                     tracing::info!(server = server.as_str(), "token of another homeserver's SFU");
-                    Ok(Token { jwt })
+                    Ok(Token { jwt: jwt.expose().to_owned() })
                 }
                 RemoteToken::Forbidden => Err(HomeserverRefusal::Forbidden.into()),
                 RemoteToken::InvalidParam => {

@@ -235,6 +235,9 @@ fn is_same(url: &str, ours: &str) -> bool {
     url == ours || plain(url).is_some_and(|url| Some(url) == plain(ours))
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod properties;
+
 #[cfg(test)]
 mod tests {
     use super::*;
