@@ -57,12 +57,7 @@ mod tests {
     use super::*;
 
     fn presence(identity: &str, sid: &str, gone: Option<DisconnectReason>) -> Presence {
-        Presence {
-            room: "room".into(),
-            identity: identity.into(),
-            sid: sid.into(),
-            gone,
-        }
+        Presence { room: "room".into(), identity: identity.into(), sid: sid.into(), gone }
     }
 
     #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]

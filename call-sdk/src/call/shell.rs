@@ -31,9 +31,7 @@ use crate::{
     },
     member::{LiveKitFocus, Member, MemberId, ParticipantIdentity},
     membership::{
-        own::{
-            Event as OwnEvent, Input, Output, OwnMembership, Reply, RequestError, RequestId, Status,
-        },
+        own::{Event as OwnEvent, Input, Output, OwnMembership, Reply, RequestError, RequestId, Status},
         roster::{Change, Roster},
         wire::{self, OwnDescription},
     },

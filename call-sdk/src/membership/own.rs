@@ -34,7 +34,6 @@ use steps::{Kind, Step};
 /// Everybody sends us a key when we renew, so it is done sparingly.
 const RENEW_INTERVAL: Duration = Duration::from_secs(60);
 
-
 /// The state machine of our own membership. See the [module](self).
 #[derive(Debug)]
 pub struct OwnMembership {

@@ -3,9 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    Event, InFlight, Now, OwnMembership, Phase, Reply, RequestError, later,
-    replies::Retry,
-    steps::Kind,
+    Event, InFlight, Now, OwnMembership, Phase, Reply, RequestError, later, replies::Retry, steps::Kind,
 };
 
 /// A delayed leave shorter than this is not worth its requests: a passing fault would end the membership.
@@ -242,5 +240,4 @@ impl OwnMembership {
         }
         self.stale.push_back(Stale { id, tries: 0 });
     }
-
 }

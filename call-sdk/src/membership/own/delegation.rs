@@ -9,7 +9,8 @@
 use std::time::Duration;
 
 use super::{
-    Delayed, Event, InFlight, Now, OwnMembership, Phase, Reply, RequestError, Step, later, replies::Retry, steps::Kind,
+    Delayed, Event, InFlight, Now, OwnMembership, Phase, Reply, RequestError, Step, later, replies::Retry,
+    steps::Kind,
 };
 
 /// With a delay shorter than this, an hour's outage of the service is better survived by restarting ourselves.
@@ -78,7 +79,8 @@ impl OwnMembership {
 
     /// What was scheduled for the service and is not our delayed leave yet must not fire.
     pub(super) fn stop_delegation(&mut self) {
-        if let Stage::HandOver(delayed) | Stage::Replace(delayed) = std::mem::take(&mut self.delegation.stage) {
+        if let Stage::HandOver(delayed) | Stage::Replace(delayed) = std::mem::take(&mut self.delegation.stage)
+        {
             self.discard(delayed.id);
         }
     }
@@ -107,11 +109,13 @@ impl OwnMembership {
         request: &InFlight,
         result: Result<Reply, RequestError>,
     ) {
-        let wanted = matches!(self.delegation.stage, Stage::Schedule) && matches!(self.phase, Phase::Joined(_));
+        let wanted =
+            matches!(self.delegation.stage, Stage::Schedule) && matches!(self.phase, Phase::Joined(_));
         let error = match result {
             Ok(Reply::Scheduled { delay_id }) if wanted => {
                 let since = request.sent.instant;
-                self.delegation.stage = Stage::HandOver(Delayed { id: delay_id, since, delay: request.delay });
+                self.delegation.stage =
+                    Stage::HandOver(Delayed { id: delay_id, since, delay: request.delay });
                 return;
             }
             Ok(Reply::Scheduled { delay_id }) => return self.discard(delay_id),
@@ -119,7 +123,9 @@ impl OwnMembership {
             Err(error) => error,
         };
         match error {
-            RequestError::MaxDelayExceeded { max: Some(max) } if (MIN_DELAY..request.delay).contains(&max) => {
+            RequestError::MaxDelayExceeded { max: Some(max) }
+                if (MIN_DELAY..request.delay).contains(&max) =>
+            {
                 self.delegation.limit = Some(max);
             }
             error => self.delegation_failed(now, request, &error),
@@ -142,11 +148,17 @@ impl OwnMembership {
         }
     }
 
-    pub(super) fn leave_replaced(&mut self, now: Now, request: &InFlight, result: Result<Reply, RequestError>) {
+    pub(super) fn leave_replaced(
+        &mut self,
+        now: Now,
+        request: &InFlight,
+        result: Result<Reply, RequestError>,
+    ) {
         match result {
             // Whatever became of it: it will not fire any more.
             Ok(_) | Err(RequestError::NotFound) => {
-                let Stage::Replace(delayed) = std::mem::replace(&mut self.delegation.stage, Stage::Done) else {
+                let Stage::Replace(delayed) = std::mem::replace(&mut self.delegation.stage, Stage::Done)
+                else {
                     self.delegation.stage = Stage::Off;
                     return;
                 };

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    InFlight, Joined, Now, OwnMembership, Phase, PublicationKind, Reply, RequestError, RequestId, Status, later,
-    steps::Kind,
+    InFlight, Joined, Now, OwnMembership, Phase, PublicationKind, Reply, RequestError, RequestId, Status,
+    later, steps::Kind,
 };
 
 /// A homeserver may ask for patience, but not for ever.

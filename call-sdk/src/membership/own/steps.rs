@@ -35,7 +35,10 @@ impl Kind {
 
     /// Whether it is about the delayed leave of the present membership, and about no other.
     pub(super) fn concerns_delayed_leave(self) -> bool {
-        matches!(self, Self::RestartLeave | Self::ScheduleLongLeave | Self::DelegateLeave | Self::ReplaceLeave)
+        matches!(
+            self,
+            Self::RestartLeave | Self::ScheduleLongLeave | Self::DelegateLeave | Self::ReplaceLeave
+        )
     }
 
     pub(super) fn doing(self) -> &'static str {

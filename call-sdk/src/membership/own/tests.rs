@@ -4,10 +4,13 @@ use std::collections::BTreeSet;
 
 use matrix_sdk::ruma::{device_id, room_id, user_id};
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
-use crate::{member::Slot, membership::testing::focus};
+use crate::{
+    member::Slot,
+    membership::{testing::focus, wire::state_content},
+};
 
 const START: u64 = 1_800_000_000_000;
 
@@ -838,7 +841,10 @@ fn a_focus_that_refuses_leaves_all_as_it_was() {
     });
     assert_eq!(call.delegated.len(), 1);
     assert!(call.log.iter().any(|(_, request)| is_cancel_of(request, "long")));
-    assert_eq!(restarts_of(&call, "delay1").collect::<Vec<_>>(), (1..=15).map(|n| n * 4000).collect::<Vec<_>>());
+    assert_eq!(
+        restarts_of(&call, "delay1").collect::<Vec<_>>(),
+        (1..=15).map(|n| n * 4000).collect::<Vec<_>>()
+    );
     let [(0, Event::DelegationFailed { reason })] = &call.events[..] else { panic!("{:?}", call.events) };
     assert!(reason.contains("M_BAD_JSON"));
 }
