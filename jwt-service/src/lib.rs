@@ -67,6 +67,7 @@ pub use self::{
     sfu::{DEPARTURE_TIMEOUT, EMPTY_TIMEOUT, Sfu, SfuError, SfuParticipant, SfuRoom, TwirpSfu},
     token::{TokenError, TokenSigner},
 };
+
 use self::{
     delegation::{Delegation, Input, JobKey},
     homeserver_side::Homeserver,
@@ -75,6 +76,9 @@ use self::{
     openid::Verifier,
     store::Store,
 };
+
+/// Between two attempts to read a store that was out of order at the start.
+const RESTORE_AGAIN: Duration = Duration::from_secs(1);
 
 /// The authorisation service. Cloning it gives another handle to the same one.
 #[derive(Clone)]
@@ -195,10 +199,27 @@ impl Service {
     /// Takes the delayed leaves up that are in the store. To be awaited once, before requests and webhooks
     /// come in: right after a start the first webhook may already be about one of them.
     pub async fn restore(&self) {
-        if let Some(delegation) = &self.0.delegation {
-            delegation.restore().await;
+        let restored = match &self.0.delegation {
+            Some(delegation) => delegation.restore().await,
+            None => true,
+        };
+        if restored {
+            self.0.readiness.restored();
+            return;
         }
-        self.0.readiness.restored();
+        // The store is out of order. Requests are served all the same, and the leaves follow when it is back.
+        let service = Arc::downgrade(&self.0);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(RESTORE_AGAIN).await;
+                let Some(service) = service.upgrade() else { return };
+                if let Some(delegation) = &service.delegation
+                    && delegation.restore_late().await
+                {
+                    return service.readiness.restored();
+                }
+            }
+        });
     }
 
     /// Takes no more delayed leaves, finishes those that are being sent, within `grace`, and leaves all others

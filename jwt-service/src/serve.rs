@@ -6,7 +6,7 @@ use std::{
     future::Future,
     io,
     net::{IpAddr, SocketAddr},
-    os::unix::net::UnixStream as StdUnixStream,
+    os::unix::{fs::FileTypeExt as _, net::UnixStream as StdUnixStream},
     path::{Path, PathBuf},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
@@ -65,8 +65,10 @@ pub async fn listen(bind: &Bind) -> io::Result<Listener> {
             bound => bound?,
         }),
         Bind::Unix(path) => {
-            let abandoned = StdUnixStream::connect(path)
-                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            // An ordinary file refuses connections, too, and is not ours to remove.
+            let abandoned = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+                && StdUnixStream::connect(path)
+                    .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
             if abandoned {
                 std::fs::remove_file(path)?;
             }

@@ -252,7 +252,7 @@ fn full_access(sources: &Sources, warnings: &mut Vec<Warning>) -> Result<FullAcc
         advice: "the server names whose users may start calls, separated by commas, or * for all",
     })?;
     let names = names(found.text);
-    if names.len() == 1 && names.contains("*") {
+    if is_wildcard(found.text) {
         return Ok(FullAccess::All);
     }
     if names.is_empty() {
@@ -266,8 +266,9 @@ fn full_access(sources: &Sources, warnings: &mut Vec<Warning>) -> Result<FullAcc
 
 /// Whose users get tokens at all; `None` is everybody's.
 fn allowed(sources: &Sources, warnings: &mut Vec<Warning>) -> Option<BTreeSet<String>> {
-    let names = names(sources.find("LIVEKIT_JWT_ALLOWED_HOMESERVERS")?.text);
-    if names.len() == 1 && names.contains("*") {
+    let text = sources.find("LIVEKIT_JWT_ALLOWED_HOMESERVERS")?.text;
+    let names = names(text);
+    if is_wildcard(text) {
         return None;
     }
     if names.contains("*") {
@@ -279,6 +280,11 @@ fn allowed(sources: &Sources, warnings: &mut Vec<Warning>) -> Option<BTreeSet<St
 /// Names separated by commas or white space.
 fn names(text: &str) -> BTreeSet<String> {
     text.replace(',', " ").split_whitespace().map(str::to_owned).collect()
+}
+
+/// Whether a list is a star alone: one that somebody wrote into a longer list is a slip, not everybody.
+fn is_wildcard(text: &str) -> bool {
+    text.replace(',', " ").split_whitespace().eq(["*"])
 }
 
 pub(super) fn bind(sources: &Sources, warnings: &mut Vec<Warning>) -> Result<Bind, ConfigError> {

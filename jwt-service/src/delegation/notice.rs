@@ -30,6 +30,8 @@ pub(crate) enum News {
     Replaced { made: SystemTime },
     /// The lease is free for whoever has replaced the job. Its participant was there by this connection.
     Released { sid: Option<String> },
+    /// A replica stops, and all its leases are free: this job's and others'.
+    Stopped,
 }
 
 impl News {
@@ -54,6 +56,7 @@ impl Notice {
                 Written::Replaced { made_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX) }
             }
             News::Released { sid } => Written::Released { sid },
+            News::Stopped => Written::Stopped,
         };
         let (room, identity) = (self.key.room.as_str().to_owned(), self.key.identity.as_str().to_owned());
         // Serialising strings and integers into memory has no way to fail.
@@ -78,6 +81,7 @@ impl Notice {
                 News::Replaced { made: SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(made_ms))? }
             }
             Written::Released { sid } => News::Released { sid },
+            Written::Stopped => News::Stopped,
         };
         Some(Self { key, news })
     }
@@ -99,6 +103,7 @@ enum Written {
     Left { sid: Option<String>, why: u8 },
     Replaced { made_ms: u64 },
     Released { sid: Option<String> },
+    Stopped,
 }
 
 /// LiveKit's numbers, as far as they matter; 0 is anything else.

@@ -30,6 +30,8 @@ const STORE_BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duratio
 const INBOX: usize = 16;
 /// How far the first looks after a restart are spread out: this much for each job, and at most that.
 const LOOK_SPREAD: (Duration, Duration) = (Duration::from_millis(2), Duration::from_secs(1));
+/// A delay in the store that is longer than this was never a client's.
+const LONGEST_STORED: Duration = Duration::from_hours(366 * 24);
 /// How long after its delayed event has fired a job of another replica is cleared from the store.
 const LEFT_BEHIND: Duration = Duration::from_mins(1);
 
@@ -326,7 +328,8 @@ impl Registry {
         let StoredJob { params, restarted_at, connected } = stored;
         let age = now.wall.duration_since(restarted_at).unwrap_or_default();
         let remaining = params.delay_timeout.saturating_sub(age);
-        let sane = params.delay_timeout <= self.rules.longest && !params.delay_timeout.is_zero();
+        // Not `rules.longest`: whoever lowers that means new jobs.
+        let sane = params.delay_timeout <= LONGEST_STORED && !params.delay_timeout.is_zero();
         if remaining.is_zero() || !sane {
             self.queue(now, params.key, Op::Remove, None);
             return;
@@ -408,6 +411,7 @@ impl Registry {
                     self.give_up(serial);
                 }
             }
+            News::Stopped => {}
             News::Released { sid } => {
                 if let Some(entry) = self.jobs.get_mut(&serial)
                     && matches!(entry.holding, Holding::Elsewhere { .. })

@@ -23,7 +23,7 @@ use super::{
     DelegationConfig, JobKey, JobParams, Stats,
     homeservers::{Action, Homeservers},
     machine::{CallId, Input, Outcome, Presence},
-    notice::Notice,
+    notice::{News, Notice},
     registry::{AddError, Effect, LEASE_TTL, Lease, Now, Registry, Rules, Serial, Ticket},
 };
 use crate::{
@@ -66,6 +66,8 @@ struct Shared {
     tickets: AtomicU64,
     /// The time to come back has changed.
     wake: Notify,
+    /// The shared store is worth a look before its time.
+    look: Notify,
     /// Anything has changed.
     changed: Notify,
     homeservers: Homeservers,
@@ -110,6 +112,7 @@ impl Delegation {
             replies: Mutex::default(),
             tickets: AtomicU64::new(0),
             wake: Notify::new(),
+            look: Notify::new(),
             changed: Notify::new(),
             homeservers: Homeservers::new(verifier),
             sfu,
@@ -132,7 +135,8 @@ impl Delegation {
 
     /// Takes the jobs up that an earlier process has left in the store, and clears those away whose delayed
     /// event has fired. To be awaited before requests and webhooks come in.
-    pub(crate) async fn restore(&self) {
+    /// Takes up what is in the store; whether the store could be read.
+    pub(crate) async fn restore(&self) -> bool {
         match self.shared.load().await {
             Ok(stored) => {
                 let found = stored.len();
@@ -144,9 +148,23 @@ impl Delegation {
                 self.shared.until(LOAD_TIME, Registry::is_settled).await;
                 let taken = self.stats();
                 tracing::info!(found, waiting = taken.waiting, "delegated leaves restored");
+                true
             }
-            Err(error) => tracing::error!(cause = causes(&error), "no delegated leave could be restored"),
+            Err(error) => {
+                tracing::error!(cause = causes(&error), "no delegated leave could be restored yet");
+                false
+            }
         }
+    }
+
+    /// Tries again what [`Self::restore`] could not do; whether it is done now.
+    pub(crate) async fn restore_late(&self) -> bool {
+        let since = Instant::now().into_std();
+        let Ok(stored) = self.shared.load().await else { return false };
+        // Requests have come in meanwhile: what they made stays.
+        self.shared.with(|registry, now| registry.swept(now, since, stored));
+        tracing::info!("delegated leaves restored");
+        true
     }
 
     /// Where the client-server API of `server` is.
@@ -199,13 +217,21 @@ impl Delegation {
             }
         }
         let held: Vec<JobKey> = lock(&self.shared.registry).held().cloned().collect();
+        let stopped = held.first().map(|key| Notice { key: key.clone(), news: News::Stopped });
         let mut releases = tokio::task::JoinSet::new();
         for key in held {
             let shared = self.shared.clone();
             releases.spawn(async move { shared.release(&key).await });
         }
         // A lease that is not given up runs out by itself.
-        let _ = tokio::time::timeout(RELEASE_TIME, releases.join_all()).await;
+        let _ = tokio::time::timeout(RELEASE_TIME, async {
+            releases.join_all().await;
+            if let Some(notice) = stopped {
+                self.shared.store.tell(&notice.encode(self.shared.process)).await?;
+            }
+            Ok::<_, StoreError>(())
+        })
+        .await;
     }
 }
 
@@ -420,6 +446,9 @@ impl Shared {
             let shared = self.clone();
             let heard = move |message: &[u8]| {
                 if let Some(notice) = Notice::decode(message, shared.process) {
+                    if notice.news == News::Stopped {
+                        shared.look.notify_one();
+                    }
                     shared.with(|registry, now| registry.heard(now, notice));
                 }
             };
@@ -477,7 +506,8 @@ impl Shared {
 
     async fn sweep(self: Arc<Self>) {
         loop {
-            tokio::time::sleep(LEASE_TTL).await;
+            // At once when a replica has stopped: its jobs are nobody's.
+            let _ = tokio::time::timeout(LEASE_TTL, self.look.notified()).await;
             let since = Instant::now().into_std();
             match self.load().await {
                 Ok(stored) => self.with(|registry, now| registry.swept(now, since, stored)),

@@ -1,7 +1,10 @@
 //! Refusals: a status, a Matrix error code, and a sentence that gives nothing away.
 
 use axum::{
-    http::{HeaderValue, StatusCode, header::RETRY_AFTER},
+    http::{
+        HeaderValue, StatusCode,
+        header::{CONTENT_TYPE, RETRY_AFTER},
+    },
     response::{IntoResponse, Response},
 };
 
@@ -244,7 +247,8 @@ impl IntoResponse for Refusal {
     /// The refusal itself stays with the response, for the layer that knows the request's id.
     fn into_response(self) -> Response {
         let (status, ..) = self.parts();
-        let mut response = (status, self.body(None)).into_response();
+        let json = HeaderValue::from_static("application/json");
+        let mut response = (status, [(CONTENT_TYPE, json)], self.body(None)).into_response();
         if let Some(seconds) = self.retry_after() {
             response.headers_mut().insert(RETRY_AFTER, seconds);
         }

@@ -16,7 +16,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, errors::ErrorKind};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -55,24 +55,30 @@ pub(super) async fn sfu_webhook(State(service): State<Arc<Inner>>, request: Requ
 }
 
 async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Refusal> {
-    let token = token(request.headers()).ok_or(Refusal::WebhookUnauthorized)?;
+    let unauthorized = |fault: Fault| {
+        tracing::warn!(cause = %fault, "webhook not believed");
+        Refusal::WebhookUnauthorized
+    };
+    let token = token(request.headers()).ok_or(Fault::NoToken).map_err(unauthorized)?;
     let limits = Limits { body: MAX_BODY, ..service.settings.limits.clone() };
     let body = intake::read(request, &limits).await?;
     let digest: [u8; 32] = Sha256::digest(&body).into();
     let settings = &service.settings;
-    let expiry = verify(token.expose(), &settings.key, &settings.secret, &digest)
-        .ok_or(Refusal::WebhookUnauthorized)?;
+    let expiry = verify(token.expose(), &settings.key, &settings.secret, &digest).map_err(unauthorized)?;
     let event = event(&body).ok_or(Refusal::WebhookMalformed)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let Some((key, input)) = event else { return Ok(()) };
-    if !service.replays.is_new(digest, expiry.saturating_add(LEEWAY), now) {
+    // A repetition brings the same token, and the token is about the body. The same body with another token is
+    // something that happened again: not every SFU gives its events ids and times of their own.
+    let delivery: [u8; 32] = Sha256::digest(token.expose()).into();
+    if !service.replays.is_new(delivery, expiry.saturating_add(LEEWAY), now) {
         tracing::debug!("webhook received before");
         return Ok(());
     }
     if delegation.event(&key, input) {
         Ok(())
     } else {
-        service.replays.forget(&digest);
+        service.replays.forget(&delivery);
         Err(Refusal::ShuttingDown)
     }
 }
@@ -88,8 +94,25 @@ fn token(headers: &HeaderMap) -> Option<Secret> {
     Some(Secret::new(bare.trim()))
 }
 
+/// Why a webhook is not believed, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Fault {
+    #[error("it has no token in its Authorization header")]
+    NoToken,
+    #[error("its token was signed with another API key; webhook.api_key of the SFU must be our key")]
+    AnotherKey,
+    #[error("its token was signed with another secret; key and secret of the SFU must be ours")]
+    AnotherSecret,
+    #[error("its token has expired, or is not valid yet; are both clocks right?")]
+    AnotherTime,
+    #[error("its token is about another body")]
+    AnotherBody,
+    #[error("its token is no LiveKit token: HS256, with iss, exp and sha256")]
+    Malformed,
+}
+
 /// When the token expires, if it is ours, good at this time, and about a body with this digest.
-fn verify(token: &str, key: &str, secret: &Secret, digest: &[u8; 32]) -> Option<u64> {
+fn verify(token: &str, key: &str, secret: &Secret, digest: &[u8; 32]) -> Result<u64, Fault> {
     #[derive(Deserialize)]
     struct Claims {
         sha256: String,
@@ -102,11 +125,18 @@ fn verify(token: &str, key: &str, secret: &Secret, digest: &[u8; 32]) -> Option<
     validation.set_required_spec_claims(&["exp", "iss"]);
     validation.set_issuer(&[key]);
     let secret = DecodingKey::from_secret(secret.expose().as_bytes());
-    let claims = jsonwebtoken::decode::<Claims>(token, &secret, &validation).ok()?.claims;
-    let claimed = STANDARD.decode(&claims.sha256).ok()?;
+    let decoded = jsonwebtoken::decode::<Claims>(token, &secret, &validation);
+    let claims = decoded.map_err(|error| match error.kind() {
+        ErrorKind::InvalidIssuer => Fault::AnotherKey,
+        ErrorKind::InvalidSignature => Fault::AnotherSecret,
+        ErrorKind::ExpiredSignature | ErrorKind::ImmatureSignature => Fault::AnotherTime,
+        _ => Fault::Malformed,
+    })?;
+    let claims = claims.claims;
+    let claimed = STANDARD.decode(&claims.sha256).map_err(|_| Fault::Malformed)?;
     // In constant time; the claim is signed, so this only keeps to the letter of the specification.
     let different = claimed.iter().zip(digest).fold(0, |different, (a, b)| different | (a ^ b));
-    (claimed.len() == digest.len() && different == 0).then_some(claims.exp)
+    if claimed.len() == digest.len() && different == 0 { Ok(claims.exp) } else { Err(Fault::AnotherBody) }
 }
 
 /// What a webhook's body says about a participant: `None` if it is no webhook, `Some(None)` if it is about

@@ -119,7 +119,7 @@ impl Verifier {
                 let (target, _) = self.delegated(name, clients).await?;
                 clients.userinfo(&target, token).await
             }
-            // The server closed a connection that we had kept. No answer was on its way.
+            // Mostly a connection that we had kept and the server had given up. No answer was on its way.
             Err(LookupError::Closed(_)) => clients.userinfo(&target, token).await,
             answer => answer,
         }?;
@@ -293,8 +293,13 @@ impl Clients {
                 }
                 continue;
             }
-            if answer.status() != StatusCode::OK {
-                break;
+            match answer.status() {
+                StatusCode::OK => {}
+                // A server in trouble has not said that there is no document.
+                status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
+                    return Err(LookupError::Status(status));
+                }
+                _ => break,
             }
             let cache_control =
                 answer.headers().get(CACHE_CONTROL).and_then(|v| v.to_str().ok()).map(str::to_owned);
@@ -332,10 +337,21 @@ fn classify(error: hyper_util::client::legacy::Error) -> LookupError {
             .is_some_and(|e| matches!(e, ConnectError::NotPermitted));
         return if refused { LookupError::NotPermitted } else { LookupError::Connect(error) };
     }
-    let closed = std::error::Error::source(&error)
-        .and_then(|e| e.downcast_ref::<hyper::Error>())
-        .is_some_and(|e| e.is_incomplete_message() || e.is_closed() || e.is_canceled());
-    if closed { LookupError::Closed(error) } else { LookupError::Http(error.into()) }
+    if is_closed(&error) { LookupError::Closed(error) } else { LookupError::Http(error.into()) }
+}
+
+/// Whether the other side had ended the connection, in whichever way, before it answered.
+fn is_closed(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(error.source(), |error| error.source()).any(|error| {
+        let by_message = error
+            .downcast_ref::<hyper::Error>()
+            .is_some_and(|e| e.is_incomplete_message() || e.is_closed() || e.is_canceled());
+        let by_the_system = error.downcast_ref::<std::io::Error>().is_some_and(|e| {
+            use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+            matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+        });
+        by_message || by_the_system
+    })
 }
 
 async fn body(answer: Response<Incoming>, limit: usize) -> Result<Bytes, LookupError> {

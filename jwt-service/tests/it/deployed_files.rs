@@ -78,7 +78,8 @@ impl Proxy {
         sites = replaced(&sites, "https://matrix-rtc.example.com", &format!("http://127.0.0.1:{clients}"));
         sites = replaced(&sites, "https://matrix.example.com", &format!("http://127.0.0.1:{homeserver}"));
         let file = folder.path().join("Caddyfile");
-        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n\tpersist_config off\n}}\n{sites}")).unwrap();
+        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n\tpersist_config off\n}}\n{sites}"))
+            .unwrap();
         let mut command = Command::new(Peer::Caddy.find().unwrap());
         command.args(["run", "--adapter", "caddyfile", "--config"]).arg(file);
         for variable in ["HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"] {
@@ -220,10 +221,7 @@ async fn web_sockets_reach_the_sfu(proxy: &Proxy, seen: &mut mpsc::UnboundedRece
     assert_eq!(&echo, b"signal");
 }
 
-async fn signed_requests_arrive_as_they_were_sent(
-    proxy: &Proxy,
-    seen: &mut mpsc::UnboundedReceiver<String>,
-) {
+async fn signed_requests_arrive_as_they_were_sent(proxy: &Proxy, seen: &mut mpsc::UnboundedReceiver<String>) {
     let path = format!("{FEDERATION}?x=%2f%61%20b");
     let signature = "X-Matrix origin=\"them.org\",destination=\"us.org\",key=\"ed25519:a\",sig=\"AAAA\"";
     let mut stream = TcpStream::connect(("127.0.0.1", proxy.homeserver)).await.unwrap();
@@ -239,7 +237,8 @@ async fn signed_requests_arrive_as_they_were_sent(
     assert_eq!(header(&head, "x-forwarded-for"), Some("127.0.0.1"));
 }
 
-const SWITCHES: &str = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+const SWITCHES: &str =
+    "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
 const EMPTY: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
 
 #[tokio::test]
@@ -336,6 +335,7 @@ fn every_file_is_in_the_index() {
     // The documents in it are what they should be.
     let json = index.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
     let document: serde_json::Value = format!("{{{json}}}").parse().unwrap();
-    let focus = json!({ "type": "livekit", "livekit_service_url": "https://matrix-rtc.example.com/livekit/jwt" });
+    let focus =
+        json!({ "type": "livekit", "livekit_service_url": "https://matrix-rtc.example.com/livekit/jwt" });
     assert_eq!(document["org.matrix.msc4143.rtc_foci"], json!([focus]));
 }

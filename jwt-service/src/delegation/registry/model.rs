@@ -183,7 +183,7 @@ impl World {
                 self.others = true;
                 self.excuse(&key(n));
             }
-            News::Joined { .. } | News::Released { .. } => {}
+            News::Joined { .. } | News::Released { .. } | News::Stopped => {}
         }
         self.registry.heard(self.now, Notice { key: key(n), news });
         self.collect();
