@@ -400,13 +400,6 @@ impl Job {
                 }
                 self.back_to_sanity(now);
             }
-            // It was there before we restarted, and nothing says that it has gone: its event is kept alive, and
-            // the SFU is asked until it answers.
-            (State::Waiting { .. }, Presence::Unknown) if self.was_connected => {
-                self.connect(now, None);
-                self.look_again(now, Purpose::Arrival);
-                self.look_later(now);
-            }
             (State::Waiting { .. }, Presence::Absent) => match self.look.purpose {
                 Purpose::Takeover => {
                     if self.missed(now, SECOND_LOOK) {
@@ -427,7 +420,6 @@ impl Job {
             (State::Connected { .. }, Presence::Absent) => {
                 let second = match (self.look.purpose, self.sanity) {
                     (Purpose::Sanity, Some(interval)) => interval.min(SECOND_LOOK_SANITY),
-                    (Purpose::Arrival, _) => SECOND_LOOK_RESTORED,
                     _ => SECOND_LOOK,
                 };
                 if self.missed(now, second) {

@@ -78,8 +78,7 @@ impl Proxy {
         sites = replaced(&sites, "https://matrix-rtc.example.com", &format!("http://127.0.0.1:{clients}"));
         sites = replaced(&sites, "https://matrix.example.com", &format!("http://127.0.0.1:{homeserver}"));
         let file = folder.path().join("Caddyfile");
-        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n\tpersist_config off\n}}\n{sites}"))
-            .unwrap();
+        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n}}\n{sites}")).unwrap();
         let mut command = Command::new(Peer::Caddy.find().unwrap());
         command.args(["run", "--adapter", "caddyfile", "--config"]).arg(file);
         for variable in ["HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"] {
