@@ -86,7 +86,7 @@ pub struct CallOptions {
     /// The focus to publish to, instead of the homeserver's first.
     pub focus: Option<LiveKitFocus>,
     /// Whether the focus's authorisation service is asked to keep our delayed leave (MSC4195), so that the others see
-    /// within a moment when this process dies. Where that is not possible we keep it ourselves. The default is yes.
+    /// within a moment when this process dies. Where that is not possible we keep it ourselves. The default is no.
     pub delegate_leave: bool,
     /// Timing of our own membership.
     pub membership: OwnConfig,
@@ -102,7 +102,7 @@ impl Default for CallOptions {
             encryption: EncryptionPolicy::default(),
             trust: TrustPolicy::default(),
             focus: None,
-            delegate_leave: true,
+            delegate_leave: false,
             membership: OwnConfig::default(),
             keys: RolloutConfig::default(),
         }
