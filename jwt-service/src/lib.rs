@@ -209,6 +209,10 @@ impl Service {
         }
         // The store is out of order. Requests are served all the same, and the leaves follow when it is back.
         let service = Arc::downgrade(&self.0);
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a handle may be awaited by a program that must go on"
+        )]
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(RESTORE_AGAIN).await;
