@@ -67,7 +67,6 @@ pub use self::{
     sfu::{DEPARTURE_TIMEOUT, EMPTY_TIMEOUT, Sfu, SfuError, SfuParticipant, SfuRoom, TwirpSfu},
     token::{TokenError, TokenSigner},
 };
-
 use self::{
     delegation::{Delegation, Input, JobKey},
     homeserver_side::Homeserver,

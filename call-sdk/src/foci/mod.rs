@@ -1,5 +1,7 @@
 //! Where media goes: discovery of foci, and the tokens that their authorisation services give.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use url::Url;
 
@@ -11,7 +13,7 @@ use crate::{
 /// Longest answer of an authorisation service that is read, in bytes.
 const MAX_REPLY: usize = 64 * 1024;
 /// An authorisation service verifies with the homeserver before it answers; its own budget is 30 s.
-const REPLY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(35);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(35);
 
 /// What opens an SFU room: where it is and the token for it.
 #[derive(Clone, Deserialize)]
@@ -34,7 +36,7 @@ pub struct DelayedLeave {
     /// Its handle, a capability: redacted in `Debug`.
     pub delay_id: String,
     /// How long after its last restart it is sent.
-    pub delay: std::time::Duration,
+    pub delay: Duration,
 }
 
 impl std::fmt::Debug for DelayedLeave {
@@ -57,7 +59,7 @@ impl TokenClient {
     pub fn new() -> Result<Self, FocusError> {
         let http = reqwest::Client::builder()
             .timeout(REPLY_TIMEOUT)
-            .connect_timeout(std::time::Duration::from_secs(5))
+            .connect_timeout(Duration::from_secs(5))
             .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("antiphon-call-sdk/", env!("CARGO_PKG_VERSION")))
             .build()

@@ -201,8 +201,8 @@ struct Taken {
 }
 
 impl Replays {
-    /// Whether a body with this digest was not taken before; from now on it was, until `until`. Seconds since
-    /// 1970.
+    /// Whether a delivery, by the digest of its token, was not taken before; from now on it was, until `until`.
+    /// Seconds since 1970.
     fn is_new(&self, digest: [u8; 32], until: u64, now: u64) -> bool {
         let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Taken { digests, order } = &mut *taken;
@@ -219,7 +219,7 @@ impl Replays {
         new
     }
 
-    /// The body was not taken after all.
+    /// The delivery was not taken after all.
     fn forget(&self, digest: &[u8; 32]) {
         let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         taken.digests.remove(digest);

@@ -6,7 +6,7 @@
 //! It takes a second delayed leave: until the service has taken that, the short one stays ours to keep, so that a
 //! crash in between does not leave us listed for the long time. If nothing comes of it, all stays as it was.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{
     Delayed, Event, InFlight, Now, OwnMembership, Phase, Reply, RequestError, Step, later, replies::Retry,
@@ -85,7 +85,7 @@ impl OwnMembership {
         }
     }
 
-    pub(super) fn delegation_step(&self, now: std::time::Instant) -> Step {
+    pub(super) fn delegation_step(&self, now: Instant) -> Step {
         // Without a short one there is nothing to hand over safely.
         if self.delayed.is_none() {
             return Step::Nothing;
