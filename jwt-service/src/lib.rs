@@ -42,6 +42,7 @@ mod identity;
 mod limits;
 mod metrics;
 mod openid;
+mod roots;
 mod secret;
 mod serve;
 mod sfu;

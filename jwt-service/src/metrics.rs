@@ -404,6 +404,7 @@ fn class(error: &LookupError) -> &'static str {
         LookupError::Ours => "ours",
         LookupError::Closed(_) | LookupError::Http(_) => "broken_off",
         LookupError::NoClientApi => "no_client_api",
+        LookupError::TooManyRedirects => "too_many_redirects",
     }
 }
 

@@ -165,6 +165,7 @@ pub(crate) struct Job {
     timeout: Duration,
     sanity: Option<Duration>,
     superseded: Option<String>,
+    /// It had been connected before this service restarted, and nobody has told since whether it still is.
     was_connected: bool,
     state: State,
     /// When the homeserver sends the event by itself, as far as we know.
@@ -348,6 +349,7 @@ impl Job {
             State::Connected { sid, .. } => {
                 // A webhook without a connection's id makes the current one unknown: any leave then counts.
                 *sid = new;
+                self.was_connected = false;
                 self.back_to_sanity(now);
             }
             State::Leaving { .. } | State::Ended => {}
@@ -375,6 +377,7 @@ impl Job {
                     return;
                 }
                 match why {
+                    Leave::Otherwise if self.was_connected => self.look_again(now, Purpose::Takeover),
                     Leave::OnPurpose | Leave::Otherwise => self.leave(now),
                     Leave::TakenOver => {
                         *sid = None;
@@ -398,6 +401,7 @@ impl Job {
                 if sid.is_none() {
                     *sid = seen;
                 }
+                self.was_connected = false;
                 self.back_to_sanity(now);
             }
             (State::Waiting { .. }, Presence::Absent) => match self.look.purpose {
@@ -420,7 +424,8 @@ impl Job {
             (State::Connected { .. }, Presence::Absent) => {
                 let second = match (self.look.purpose, self.sanity) {
                     (Purpose::Sanity, Some(interval)) => interval.min(SECOND_LOOK_SANITY),
-                    _ => SECOND_LOOK,
+                    (Purpose::Arrival, _) => SECOND_LOOK_RESTORED,
+                    (Purpose::Sanity, None) | (Purpose::Takeover, _) => SECOND_LOOK,
                 };
                 if self.missed(now, second) {
                     self.leave(now);
@@ -428,6 +433,11 @@ impl Job {
             }
             (State::Connected { .. }, Presence::Unknown) if self.look.purpose == Purpose::Sanity => {
                 self.look.at = self.next_sanity(now);
+            }
+            (State::Waiting { .. }, Presence::Unknown) if self.was_connected => {
+                // An SFU that is down must not end the call of who may be in it: keep the event alive meanwhile.
+                self.keep(now, None);
+                self.look_later(now);
             }
             (State::Waiting { .. } | State::Connected { .. }, Presence::Unknown) => self.look_later(now),
             (State::Leaving { .. } | State::Ended, _) => {}
@@ -500,12 +510,18 @@ impl Job {
     }
 
     fn connect(&mut self, now: Instant, sid: Option<String>) {
+        self.keep(now, sid);
+        self.was_connected = false;
+        self.superseded = None;
+        self.back_to_sanity(now);
+    }
+
+    /// Keeps the event alive from now on.
+    fn keep(&mut self, now: Instant, sid: Option<String>) {
         // Nobody knows how old the delayed event is: the first restart puts our clock and the homeserver's
         // together, so the time to succeed in is counted from here.
         self.deadline = now + self.timeout;
         self.state = State::Connected { sid, keeping: Keeping::Restarting(Attempt::due(now)) };
-        self.superseded = None;
-        self.back_to_sanity(now);
     }
 
     fn leave(&mut self, now: Instant) {

@@ -21,9 +21,13 @@ use super::{
     notice::{News, Notice},
 };
 
-/// How long a lease lasts, and how often it is renewed.
-pub(crate) const LEASE_TTL: Duration = Duration::from_secs(15);
-const LEASE_RENEWAL: Duration = Duration::from_secs(5);
+/// A lease lasts for a quarter of the delay within these bounds: if its holder dies, another replica must be able to
+/// restart the event before it fires. It is renewed after a third of that.
+const LEASE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(15));
+/// How often replicas look into the store for jobs that are nobody's: as often as the first, and as rarely as the
+/// second, so that each asks for no more of others' leases a second than this.
+pub(crate) const SWEEP: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+const LEASES_ASKED: u32 = 500;
 /// The waits between attempts to write to a store that fails: the first, and the longest.
 const STORE_BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 /// Events kept for a job whose lease has not been granted yet.
@@ -95,6 +99,7 @@ pub(crate) enum Effect {
     Lease {
         serial: Serial,
         key: JobKey,
+        ttl: Duration,
     },
     /// Give the lease up, and then say so if somebody waits for it.
     Release {
@@ -252,6 +257,24 @@ struct Writer {
 enum Op {
     Put(StoredJob),
     Remove,
+}
+
+impl Entry {
+    fn lease(&self, serial: Serial) -> Effect {
+        let ttl = lease_time(self.params.delay_timeout);
+        Effect::Lease { serial, key: self.params.key.clone(), ttl }
+    }
+}
+
+/// When to look into the store again that had `stored` jobs, of which `held` are this replica's.
+pub(crate) fn sweep_after(stored: usize, held: usize) -> Duration {
+    let others = u32::try_from(stored.saturating_sub(held)).unwrap_or(u32::MAX);
+    (Duration::from_secs(1) * others.div_ceil(LEASES_ASKED)).clamp(SWEEP.0, SWEEP.1)
+}
+
+/// How long the lease of a job with this delay lasts.
+fn lease_time(delay: Duration) -> Duration {
+    (delay / 4).clamp(LEASE.0, LEASE.1)
 }
 
 impl Registry {
@@ -420,7 +443,7 @@ impl Registry {
                         entry.job.supersede(sid);
                     }
                     entry.holding = Holding::Asking;
-                    self.effects.push_back(Effect::Lease { serial, key });
+                    self.effects.push_back(entry.lease(serial));
                     self.schedule(serial);
                 }
             }
@@ -451,7 +474,8 @@ impl Registry {
         let renewal = matches!(entry.holding, Holding::Held { .. });
         match lease {
             Lease::Granted | Lease::Unknown => {
-                entry.holding = Holding::Held { renew: now.instant + LEASE_RENEWAL, asking: false };
+                let renew = now.instant + lease_time(entry.params.delay_timeout) / 3;
+                entry.holding = Holding::Held { renew, asking: false };
                 for input in std::mem::take(&mut entry.inbox) {
                     entry.job.handle(now.instant, input);
                 }
@@ -466,7 +490,8 @@ impl Registry {
             // Another replica has it, and the store with it. Nothing more is written from here.
             Lease::Refused if renewal || entry.from_store => self.forget(serial),
             Lease::Refused => {
-                entry.holding = Holding::Elsewhere { ask: now.instant + LEASE_RENEWAL };
+                let ask = now.instant + lease_time(entry.params.delay_timeout) / 3;
+                entry.holding = Holding::Elsewhere { ask };
                 entry.displaced = true;
                 let notice =
                     Notice { key: entry.params.key.clone(), news: News::Replaced { made: entry.made } };
@@ -523,8 +548,7 @@ impl Registry {
                 Holding::Held { renew, asking } => {
                     if *renew <= now.instant && !*asking {
                         *asking = true;
-                        let key = entry.params.key.clone();
-                        self.effects.push_back(Effect::Lease { serial, key });
+                        self.effects.push_back(entry.lease(serial));
                     }
                     entry.job.handle_timeout(now.instant);
                 }
@@ -537,8 +561,7 @@ impl Registry {
                     }
                     if *ask <= now.instant {
                         entry.holding = Holding::Asking;
-                        let key = entry.params.key.clone();
-                        self.effects.push_back(Effect::Lease { serial, key });
+                        self.effects.push_back(entry.lease(serial));
                     }
                 }
                 Holding::Asking => {}
@@ -639,9 +662,9 @@ impl Registry {
             from_store,
             due: None,
         };
+        self.effects.push_back(entry.lease(serial));
         self.jobs.insert(serial, entry);
-        self.by_key.insert(key.clone(), serial);
-        self.effects.push_back(Effect::Lease { serial, key });
+        self.by_key.insert(key, serial);
     }
 
     fn input(&mut self, now: Now, serial: Serial, input: Input) {

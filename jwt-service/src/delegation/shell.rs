@@ -24,7 +24,7 @@ use super::{
     homeservers::{Action, Homeservers},
     machine::{CallId, Input, Outcome, Presence},
     notice::{News, Notice},
-    registry::{AddError, Effect, LEASE_TTL, Lease, Now, Registry, Rules, Serial, Ticket},
+    registry::{AddError, Effect, Lease, Now, Registry, Rules, SWEEP, Serial, Ticket, sweep_after},
 };
 use crate::{
     ParticipantIdentity, RoomAlias, ServerName, Sfu,
@@ -291,9 +291,9 @@ impl Shared {
                     shared.with(|registry, now| registry.stored(now, &key, write, written));
                 });
             }
-            Effect::Lease { serial, key } => {
+            Effect::Lease { serial, key, ttl } => {
                 tokio::spawn(async move {
-                    let asked = shared.store.lease(&key, &shared.replica, LEASE_TTL);
+                    let asked = shared.store.lease(&key, &shared.replica, ttl);
                     let lease = match shared.stored(asked).await {
                         Ok(true) => Lease::Granted,
                         Ok(false) => Lease::Refused,
@@ -505,14 +505,22 @@ impl Shared {
     }
 
     async fn sweep(self: Arc<Self>) {
+        let mut pause = SWEEP.0;
         loop {
             // At once when a replica has stopped: its jobs are nobody's.
-            let _ = tokio::time::timeout(LEASE_TTL, self.look.notified()).await;
+            let _ = tokio::time::timeout(pause, self.look.notified()).await;
             let since = Instant::now().into_std();
-            match self.load().await {
-                Ok(stored) => self.with(|registry, now| registry.swept(now, since, stored)),
-                Err(error) => tracing::warn!(cause = causes(&error), "the shared store cannot be read"),
-            }
+            pause = match self.load().await {
+                Ok(stored) => self.with(|registry, now| {
+                    let pause = sweep_after(stored.len(), registry.held().count());
+                    registry.swept(now, since, stored);
+                    pause
+                }),
+                Err(error) => {
+                    tracing::warn!(cause = causes(&error), "the shared store cannot be read");
+                    SWEEP.1
+                }
+            };
         }
     }
 }

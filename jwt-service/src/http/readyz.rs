@@ -2,6 +2,7 @@
 //! not.
 
 use std::{
+    error::Error,
     fmt,
     sync::{
         Arc,
@@ -65,16 +66,12 @@ impl Readiness {
         {
             return found;
         }
-        let sfu = async { matches!(tokio::time::timeout(CHECK_TIME, self.sfu.check()).await, Ok(Ok(()))) };
+        let before = found.map(|(_, found)| found);
+        let sfu = works("sfu", before.is_none_or(|found| found.sfu), self.sfu.check());
         let store = async {
-            let Some(store) = &self.store else { return true };
-            match tokio::time::timeout(CHECK_TIME, store.check()).await {
-                Ok(Ok(())) => true,
-                Ok(Err(error)) => {
-                    tracing::debug!(cause = causes(&error), "the store does not work");
-                    false
-                }
-                Err(_) => false,
+            match &self.store {
+                Some(store) => works("store", before.is_none_or(|found| found.store), store.check()).await,
+                None => true,
             }
         };
         let (sfu, store) = tokio::join!(sfu, store);
@@ -85,6 +82,30 @@ impl Readiness {
         *found = Some((Instant::now(), new));
         new
     }
+}
+
+/// Whether `part` passes its check in time. A log line says when that changes, and why.
+async fn works<E: Error + 'static>(
+    part: &str,
+    worked: bool,
+    check: impl Future<Output = Result<(), E>>,
+) -> bool {
+    let cause = match tokio::time::timeout(CHECK_TIME, check).await {
+        Ok(Ok(())) => {
+            if !worked {
+                tracing::info!(part, "works again");
+            }
+            return true;
+        }
+        Ok(Err(error)) => causes(&error),
+        Err(_) => format!("no answer within {} s", CHECK_TIME.as_secs()),
+    };
+    if worked {
+        tracing::warn!(part, cause, "does not work");
+    } else {
+        tracing::debug!(part, cause, "still does not work");
+    }
+    false
 }
 
 impl fmt::Debug for Readiness {

@@ -5,13 +5,13 @@ use axum::body::Body;
 use bytes::Bytes;
 use hyper::{
     Method, Request, StatusCode, Uri,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, USER_AGENT},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT},
 };
 use serde::Deserialize;
 use url::Url;
 use zeroize::Zeroizing;
 
-use super::{AGENT, LookupError, ServerName, Verifier, addresses::Egress, body, classify};
+use super::{AGENT, LookupError, MAX_REDIRECTS, ServerName, Verifier, addresses::Egress, body, classify};
 use crate::secret::Secret;
 
 /// The largest document and the largest answer we read.
@@ -61,38 +61,57 @@ impl Verifier {
     }
 
     /// One request to `url`, which is on `name`'s client-server API: a POST, which is about a delayed event,
-    /// with the access token that the operator has given for that. Redirects are not followed.
+    /// with the access token that the operator has given for that. A redirect that keeps the method is followed
+    /// (307 and 308, RFC 9110 §15.4), wherever requests for `name` may go.
     pub(crate) async fn ask_client_api(
         &self,
         name: &ServerName,
         method: Method,
         url: &Url,
     ) -> Result<ClientAnswer, LookupError> {
-        let clients = self.lanes.get(&self.rules.lane(name)).ok_or(LookupError::Ours)?;
-        let uri: Uri = url.as_str().parse().map_err(|_| LookupError::Ours)?;
-        let host = uri.authority().ok_or(LookupError::Ours)?.as_str().to_owned();
-        let content = if method == Method::POST { Body::from("{}") } else { Body::empty() };
-        let mut request = Request::builder()
-            .method(method.clone())
-            .uri(uri)
-            .header(HOST, host)
-            .header(USER_AGENT, AGENT)
-            .header(ACCEPT, "application/json");
-        if method == Method::POST {
-            request = request.header(CONTENT_TYPE, "application/json");
-            if let Some(token) = self.token(name, url) {
-                let bearer = Zeroizing::new(format!("Bearer {}", token.expose()));
-                let mut value = HeaderValue::from_str(&bearer).map_err(|_| LookupError::Ours)?;
-                value.set_sensitive(true);
-                request = request.header(AUTHORIZATION, value);
+        let lane = self.rules.lane(name);
+        let clients = self.lanes.get(&lane).ok_or(LookupError::Ours)?;
+        let mut next = url.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let token = self.token(name, &next).filter(|_| next.origin() == url.origin());
+            let answer = clients.web.request(asking(&method, &next, token)?).await.map_err(classify)?;
+            let status = answer.status();
+            let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
+            if matches!(status, StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT)
+                && let Some(target) = header(LOCATION).and_then(|target| next.join(target).ok())
+                // As for a base URL: no delay id in plain text because a stranger says so.
+                && (target.scheme() == "https" || (target.scheme() == "http" && lane.egress != Egress::Public))
+            {
+                next = target;
+                continue;
             }
+            let retry_after = header(RETRY_AFTER).map(str::to_owned);
+            return Ok(ClientAnswer { status, retry_after, body: body(answer, MAX_DOCUMENT).await? });
         }
-        let request = request.body(content).map_err(|_| LookupError::Ours)?;
-        let answer = clients.web.request(request).await.map_err(classify)?;
-        let status = answer.status();
-        let retry_after = answer.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).map(str::to_owned);
-        Ok(ClientAnswer { status, retry_after, body: body(answer, MAX_DOCUMENT).await? })
+        Err(LookupError::TooManyRedirects)
     }
+}
+
+fn asking(method: &Method, url: &Url, token: Option<&Secret>) -> Result<Request<Body>, LookupError> {
+    let uri: Uri = url.as_str().parse().map_err(|_| LookupError::Ours)?;
+    let host = uri.authority().ok_or(LookupError::Ours)?.as_str().to_owned();
+    let content = if *method == Method::POST { Body::from("{}") } else { Body::empty() };
+    let mut request = Request::builder()
+        .method(method.clone())
+        .uri(uri)
+        .header(HOST, host)
+        .header(USER_AGENT, AGENT)
+        .header(ACCEPT, "application/json");
+    if *method == Method::POST {
+        request = request.header(CONTENT_TYPE, "application/json");
+        if let Some(token) = token {
+            let bearer = Zeroizing::new(format!("Bearer {}", token.expose()));
+            let mut value = HeaderValue::from_str(&bearer).map_err(|_| LookupError::Ours)?;
+            value.set_sensitive(true);
+            request = request.header(AUTHORIZATION, value);
+        }
+    }
+    request.body(content).map_err(|_| LookupError::Ours)
 }
 
 /// The base URL in a `.well-known/matrix/client` document, if it is one that paths can be appended to.

@@ -1,4 +1,5 @@
-//! Connections to other servers: resolve, check every address, connect, speak TLS under the right name.
+//! Connections to other servers: resolve, check every address, connect, speak TLS under the right name, and notice
+//! when the way there is gone.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use std::{
@@ -25,11 +26,12 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
 };
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    ClientConfig, DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::CryptoProvider,
     pki_types::{CertificateDer, ServerName as TlsName, UnixTime},
 };
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -39,7 +41,7 @@ use super::{
     resolver::{Resolve, ResolveError},
     server_name::{Host, ServerName},
 };
-use crate::http::limits::TALKING;
+use crate::{http::limits::TALKING, roots};
 
 /// How many addresses of one destination we try: a caller's DNS may list more.
 const MAX_ADDRESSES: usize = 6;
@@ -48,6 +50,10 @@ const IDLE: Duration = Duration::from_secs(30);
 /// How many idle connections are kept per server: as many as lookups talk to one at a time. Fewer, and a busy
 /// server's connections would be closed between two lookups only to be made again.
 const MAX_IDLE: usize = TALKING;
+/// How long what we send may stay unacknowledged before a connection is given up, and after how long a silent one is
+/// probed.
+pub(crate) const UNACKNOWLEDGED: Duration = Duration::from_secs(4);
+pub(crate) const PROBE_AFTER: Duration = Duration::from_secs(10);
 /// The most that headers of an answer may take.
 const MAX_HEADERS: usize = 64 * 1024;
 
@@ -64,26 +70,13 @@ pub(crate) struct Connections {
 
 impl Connections {
     pub(crate) fn new(resolver: Arc<dyn Resolve>, connect_timeout: Duration) -> Result<Self, rustls::Error> {
-        // Named explicitly: with two providers in one program rustls has no default to fall back on.
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut roots = RootCertStore::empty();
-        let found = rustls_native_certs::load_native_certs();
-        let (added, ignored) = roots.add_parsable_certificates(found.certs);
-        if added == 0 {
-            tracing::warn!(
-                ignored,
-                "no root certificates found on this machine: every homeserver's certificate will be refused; \
-                 install the package `ca-certificates`, or point SSL_CERT_FILE at a bundle"
-            );
-        }
-        let builder = |provider: &Arc<CryptoProvider>| {
-            ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()
-        };
-        let verified = builder(&provider)?.with_root_certificates(roots).with_no_client_auth();
-        let unverified = builder(&provider)?
+        let provider = roots::provider();
+        let unverified = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(AcceptAll(provider)))
             .with_no_client_auth();
+        let verified = roots::checking_certificates()?;
         Ok(Self { resolver, verified: http1(verified), unverified: http1(unverified), connect_timeout })
     }
 
@@ -192,7 +185,7 @@ impl Connector {
             .await
             .map_err(|_| ConnectError::TimedOut)?
             .map_err(ConnectError::Tcp)?;
-        tcp.set_nodelay(true).map_err(ConnectError::Tcp)?;
+        tcp.set_nodelay(true).and_then(|()| notice_dead_paths(&tcp)).map_err(ConnectError::Tcp)?;
         let Some(name) = name else { return Ok(GuardedConnection::Plain(TokioIo::new(tcp))) };
         // The same budget again for TLS: a port that accepts and then stays silent must not use up the whole
         // lookup.
@@ -202,6 +195,15 @@ impl Connector {
             .map_err(ConnectError::Tls)?;
         Ok(GuardedConnection::Tls(Box::new(TokioIo::new(tls))))
     }
+}
+
+/// A firewall that forgets a connection says nothing: what we send then is never acknowledged, and a kept
+/// connection would cost the whole time of a lookup. A server that is merely slow acknowledges.
+fn notice_dead_paths(tcp: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(tcp);
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE_AFTER).with_interval(PROBE_AFTER))
 }
 
 impl tower::Service<Uri> for Connector {

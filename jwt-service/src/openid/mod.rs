@@ -38,7 +38,12 @@ use self::{
     userinfo::{UserinfoError, verified_user},
     well_known::{Delegation, DelegationCache, MAX_DOCUMENT, delegation, lifetime},
 };
-pub(crate) use self::{client_api::ClientAnswer, federation::FederationRequest, userinfo::VerifiedUser};
+pub(crate) use self::{
+    client_api::ClientAnswer,
+    connect::{PROBE_AFTER, UNACKNOWLEDGED},
+    federation::FederationRequest,
+    userinfo::VerifiedUser,
+};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::{
     client_api::properties::client_document, server_name::properties::server_name,
@@ -59,8 +64,11 @@ const MAX_USERINFO: usize = 64 * 1024;
 /// The share of the lookup's time that `.well-known` may take: a hanging web server must not make a working
 /// homeserver unreachable.
 const WELL_KNOWN_TIME: Duration = Duration::from_secs(10);
-/// Redirects followed on `.well-known`, and only there.
+/// Redirects followed on `.well-known` and for delayed events, and only there.
 const MAX_REDIRECTS: usize = 10;
+
+/// Before the one retry of a failed connect.
+const CONNECT_PAUSE: Duration = Duration::from_millis(300);
 
 const AGENT: &str = concat!("antiphon-jwt-service/", env!("CARGO_PKG_VERSION"));
 
@@ -113,9 +121,12 @@ impl Verifier {
         let clients = self.lanes.get(&lane).ok_or(LookupError::Ours)?;
         let (target, remembered) = self.delegated(name, clients).await?;
         let answer = match clients.userinfo(&target, token).await {
-            Err(LookupError::Connect(_)) if remembered => {
-                // The server may have moved since. Ask again, once.
-                self.cache().forget(&cache_key(name));
+            Err(LookupError::Connect(_)) => {
+                // The server may have moved since we looked, or is just being restarted. Ask again, once.
+                if remembered {
+                    self.cache().forget(&cache_key(name));
+                }
+                tokio::time::sleep(CONNECT_PAUSE).await;
                 let (target, _) = self.delegated(name, clients).await?;
                 clients.userinfo(&target, token).await
             }
@@ -340,15 +351,28 @@ fn classify(error: hyper_util::client::legacy::Error) -> LookupError {
     if is_closed(&error) { LookupError::Closed(error) } else { LookupError::Http(error.into()) }
 }
 
-/// Whether the other side had ended the connection, in whichever way, before it answered.
+/// Whether the connection had ended, in whichever way, before the other side answered.
 fn is_closed(error: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(error.source(), |error| error.source()).any(|error| {
         let by_message = error
             .downcast_ref::<hyper::Error>()
             .is_some_and(|e| e.is_incomplete_message() || e.is_closed() || e.is_canceled());
         let by_the_system = error.downcast_ref::<std::io::Error>().is_some_and(|e| {
-            use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
-            matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+            use std::io::ErrorKind::{
+                BrokenPipe, ConnectionAborted, ConnectionReset, HostUnreachable, NetworkUnreachable,
+                TimedOut, UnexpectedEof,
+            };
+            // The last three come late: nothing that we sent was acknowledged.
+            matches!(
+                e.kind(),
+                BrokenPipe
+                    | ConnectionAborted
+                    | ConnectionReset
+                    | UnexpectedEof
+                    | HostUnreachable
+                    | NetworkUnreachable
+                    | TimedOut
+            )
         });
         by_message || by_the_system
     })
@@ -381,6 +405,8 @@ pub(crate) enum LookupError {
     TimedOut,
     #[error("the server's .well-known names no client-server API")]
     NoClientApi,
+    #[error("the homeserver's redirects have no end")]
+    TooManyRedirects,
     #[error("our side: the request could not be made")]
     Ours,
 }

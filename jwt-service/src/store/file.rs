@@ -10,7 +10,8 @@
 //! * Compaction, at every start and whenever the log has doubled, writes the live jobs to a new file, syncs it,
 //!   renames it over the log and syncs the directory: there is always one whole log.
 //! * After an error nobody knows what is on the disk (a failed sync may have dropped what was written before),
-//!   so the next change begins with a compaction.
+//!   so the next change begins with a compaction. So does the first one after a start on a full disk: the old log
+//!   stays as it is until then.
 //! * A line that is not as it was written is moved to `jobs.corrupt`, and its job is as the line before left it.
 
 use std::{
@@ -201,13 +202,14 @@ fn work(mut log: Log, mut queue: mpsc::Receiver<Request>) {
 /// The log and what it says.
 struct Log {
     directory: PathBuf,
-    file: File,
+    /// None while it is not known that the file on the disk says what `jobs` says.
+    file: Option<File>,
     jobs: BTreeMap<JobKey, StoredJob>,
+    /// Lines that are still to be moved aside.
+    corrupt: Corrupt,
     /// Bytes at the last compaction, and since.
     compact: u64,
     appended: u64,
-    /// Whether the file on the disk is known to say what `jobs` says.
-    sound: bool,
     /// Held as long as the log is.
     _lock: File,
 }
@@ -223,15 +225,16 @@ impl Log {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Default::default(),
             Err(error) => return Err(io(&path, "read")(error)),
         };
-        if corrupt.lines > 0 {
-            let path = directory.join(CORRUPT);
-            tracing::warn!(lines = corrupt.lines, moved_to = %path.display(), "the job log has unreadable lines");
-            private(&path)
-                .and_then(|mut file| file.write_all(&corrupt.bytes))
-                .map_err(io(&path, "written"))?;
+        let mut log = Self { directory, file: None, jobs, corrupt, compact: 0, appended: 0, _lock: lock };
+        match log.compact() {
+            Ok(()) => {}
+            // Whoever restarts on a full disk must have their jobs, and users their tokens.
+            Err(FileError::Io { source, path, .. }) if is_full(&source) => {
+                tracing::error!(path = %path.display(), %source, "jobs are kept in memory until there is room");
+            }
+            Err(error) => return Err(error),
         }
-        let (file, compact) = write_new(&directory, &jobs)?;
-        Ok(Self { directory, file, jobs, compact, appended: 0, sound: true, _lock: lock })
+        Ok(log)
     }
 
     /// Makes changes durable, all or, as far as anybody knows, none.
@@ -250,28 +253,41 @@ impl Log {
                 }
             }
         }
-        if lines.is_empty() && self.sound {
+        if lines.is_empty() && self.file.is_some() {
             return Ok(());
         }
         self.appended += lines.len() as u64;
-        if !self.sound || self.appended > self.compact.max(SMALL) {
-            return self.compact();
-        }
         // Until this has succeeded, what is on the disk is not known.
-        self.sound = false;
-        self.file
-            .write_all(&lines)
-            .and_then(|()| self.file.sync_data())
-            .map_err(io(&self.directory.join(LOG), "written"))?;
-        self.sound = true;
-        Ok(())
+        match self.file.take() {
+            Some(mut file) if self.appended <= self.compact.max(SMALL) => {
+                file.write_all(&lines)
+                    .and_then(|()| file.sync_data())
+                    .map_err(io(&self.directory.join(LOG), "written"))?;
+                self.file = Some(file);
+                Ok(())
+            }
+            Some(_) | None => self.compact(),
+        }
     }
 
     fn compact(&mut self) -> Result<(), FileError> {
-        self.sound = false;
-        (self.file, self.compact) = write_new(&self.directory, &self.jobs)?;
-        self.appended = 0;
-        self.sound = true;
+        self.file = None;
+        self.move_aside()?;
+        let (file, length) = write_new(&self.directory, &self.jobs)?;
+        (self.file, self.compact, self.appended) = (Some(file), length, 0);
+        Ok(())
+    }
+
+    /// Keeps unreadable lines for somebody to look at, before the log is written without them.
+    fn move_aside(&mut self) -> Result<(), FileError> {
+        if self.corrupt.lines > 0 {
+            let path = self.directory.join(CORRUPT);
+            private(&path)
+                .and_then(|mut file| file.write_all(&self.corrupt.bytes))
+                .map_err(io(&path, "written"))?;
+            let lines = std::mem::take(&mut self.corrupt).lines;
+            tracing::warn!(lines, moved_to = %path.display(), "the job log has unreadable lines");
+        }
         Ok(())
     }
 
@@ -279,12 +295,20 @@ impl Log {
     fn check(&mut self) -> Result<(), FileError> {
         let path = self.directory.join(LOG);
         let there = fs::metadata(&path).ok().map(|there| (there.dev(), there.ino()));
-        let ours = self.file.metadata().map_err(io(&path, "read"))?;
-        if !self.sound || there != Some((ours.dev(), ours.ino())) {
-            return self.compact();
+        let ours = self.file.as_ref().and_then(|file| file.metadata().ok());
+        match self.file.take().filter(|_| ours.map(|ours| (ours.dev(), ours.ino())) == there) {
+            Some(file) => {
+                file.sync_data().map_err(io(&path, "written"))?;
+                self.file = Some(file);
+                Ok(())
+            }
+            None => self.compact(),
         }
-        self.file.sync_data().map_err(io(&path, "written")).inspect_err(|_| self.sound = false)
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Keeps other processes out until the file is closed, at the latest by the death of this process.
@@ -494,6 +518,44 @@ mod tests {
         store.check().await.unwrap();
         let log = fs::read(directory.join(LOG)).unwrap();
         assert_eq!(jobs_in(&log), [job("a", "1"), job("b", "2")]);
+    }
+
+    #[tokio::test]
+    async fn a_start_on_a_full_disk_keeps_what_is_there_until_there_is_room() {
+        let state = tempfile::tempdir().unwrap();
+        let mut old = written(&[Change::Put(job("a", "1")), Change::Put(job("b", "2"))]);
+        old.extend(b"nonsense\n");
+        fs::write(state.path().join(LOG), &old).unwrap();
+        for full in [CORRUPT, NEW_LOG] {
+            let full = state.path().join(full);
+            std::os::unix::fs::symlink("/dev/full", &full).unwrap();
+            let store = FileStore::open(state.path()).await.unwrap();
+            assert_eq!(store.load().await.unwrap(), [job("a", "1"), job("b", "2")]);
+            store.check().await.unwrap_err();
+            store.put(&job("c", "3")).await.unwrap_err();
+            assert_eq!(fs::read(state.path().join(LOG)).unwrap(), old);
+            fs::remove_file(full).unwrap();
+            drop(store);
+        }
+        let store = FileStore::open(state.path()).await.unwrap();
+        store.check().await.unwrap();
+        assert_eq!(fs::read(state.path().join(CORRUPT)).unwrap(), b"nonsense\n");
+        let store_jobs = store.load().await.unwrap();
+        assert_eq!(store_jobs, jobs_in(&fs::read(state.path().join(LOG)).unwrap()));
+        assert_eq!(store_jobs, [job("a", "1"), job("b", "2")]);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_began_on_a_full_disk_writes_once_there_is_room() {
+        let state = tempfile::tempdir().unwrap();
+        fs::write(state.path().join(LOG), written(&[Change::Put(job("a", "1"))])).unwrap();
+        let full = state.path().join(NEW_LOG);
+        std::os::unix::fs::symlink("/dev/full", &full).unwrap();
+        let store = FileStore::open(state.path()).await.unwrap();
+        store.put(&job("b", "2")).await.unwrap_err();
+        fs::remove_file(full).unwrap();
+        store.put(&job("b", "2")).await.unwrap();
+        assert_eq!(jobs_in(&fs::read(state.path().join(LOG)).unwrap()), [job("a", "1"), job("b", "2")]);
     }
 
     #[test]

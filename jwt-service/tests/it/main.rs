@@ -24,6 +24,7 @@ mod other_homeservers_users;
 mod program;
 mod readiness;
 mod real_homeservers_vouch;
+mod redirected_delayed_events;
 mod redis_comes_and_goes_under_load;
 mod refusals;
 mod replicas;

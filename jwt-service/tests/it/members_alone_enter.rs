@@ -30,8 +30,8 @@ const FEDERATION: [&str; 2] = [
 ];
 const DELAYED_EVENTS: &str = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/";
 
-/// A homeserver on which `alice` is in `!room:hs`, `bob` has left it, and `carol` never was there. Tokens are the
-/// users' names.
+/// A homeserver on which `alice` and `dave` are in `!room:hs`, `bob` has left it, and `carol` never was there.
+/// Delayed events are `alice`'s, but for one of `bob`'s. Tokens are the users' names.
 fn answer(seen: &Seen) -> Response {
     let user = seen.headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
     let user = user.and_then(|v| v.strip_prefix("Bearer ")).unwrap_or_default();
@@ -39,7 +39,7 @@ fn answer(seen: &Seen) -> Response {
         let body = json!({ "errcode": errcode, "error": "secret reason", "soft_logout": soft_logout });
         (status, body.to_string()).into_response()
     };
-    if !["alice", "bob", "carol"].contains(&user) {
+    if !["alice", "bob", "carol", "dave"].contains(&user) {
         return refused(StatusCode::UNAUTHORIZED, "M_UNKNOWN_TOKEN", user == "soft");
     }
     let id = format!("@{user}:{}", seen.host);
@@ -48,7 +48,7 @@ fn answer(seen: &Seen) -> Response {
     }
     if seen.path == format!("/_matrix/client/v3/rooms/!room:hs/state/m.room.member/{id}") {
         match user {
-            "alice" => return json!({ "membership": "join" }).to_string().into_response(),
+            "alice" | "dave" => return json!({ "membership": "join" }).to_string().into_response(),
             "bob" => return json!({ "membership": "leave" }).to_string().into_response(),
             _ => {}
         }
@@ -56,7 +56,7 @@ fn answer(seen: &Seen) -> Response {
     if let Some(event) = seen.path.strip_prefix(DELAYED_EVENTS) {
         let mut answer = json!({ "room_id": "!room:hs", "delay_ms": 3_600_000, "content": {} });
         match (user, event) {
-            ("alice", "hour") => {}
+            ("alice", "hour") | ("bob", "bobs") => {}
             ("alice", "moment") => answer["delay_ms"] = json!(99),
             ("alice", "elsewhere") => answer["room_id"] = json!("!other:hs"),
             ("alice", "sent") => answer["finalised"] = json!({ "finalised_ts": 1 }),
@@ -342,8 +342,12 @@ async fn a_leave_is_delegated_by_whose_it_is() {
         let reply = post(&client, DELEGATE[0], "alice", &with(delay_id)).await;
         assert_eq!(reply.refusal(), (400, "M_INVALID_PARAM".into()), "{delay_id}");
     }
-    let reply = post(&client, DELEGATE[0], "bob", &with("hour")).await;
+    let reply = post(&client, DELEGATE[0], "dave", &with("hour")).await;
     assert_eq!(reply.refusal(), (400, "M_INVALID_PARAM".into()), "it is not his");
+    for (user, delay_id) in [("bob", "bobs"), ("carol", "hour"), ("carol", "unknown")] {
+        let reply = post(&client, DELEGATE[0], user, &with(delay_id)).await;
+        assert_eq!(reply.refusal(), (403, "M_FORBIDDEN".into()), "{user} is not in the room");
+    }
     let mut other = with("hour");
     other["url"] = json!("wss://sfu.other.org");
     assert_eq!(post(&client, DELEGATE[0], "alice", &other).await.refusal(), (400, "M_INVALID_PARAM".into()));

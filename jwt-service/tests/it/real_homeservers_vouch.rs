@@ -121,7 +121,10 @@ async fn members_on_both_sides_of_federation_get_tokens_and_others_do_not() {
     let mut delegation = body(&room);
     delegation["delay_id"] = scheduled["delay_id"].clone();
     let reply = post(&client, DELEGATE, &carol.access_token, &delegation).await;
-    assert_eq!(reply.refusal(), (400, "M_INVALID_PARAM".into()));
+    assert_eq!(reply.refusal(), (403, "M_FORBIDDEN".into()), "not in the room");
+    here.join(&carol, &room).await.unwrap();
+    let reply = post(&client, DELEGATE, &carol.access_token, &delegation).await;
+    assert_eq!(reply.refusal(), (400, "M_INVALID_PARAM".into()), "not hers");
     let reply = post(&client, DELEGATE, &alice.access_token, &delegation).await;
     assert_eq!((reply.status, reply.text.as_str()), (200, "{}"));
     assert_eq!(service.delegation_stats().unwrap().waiting, 1);

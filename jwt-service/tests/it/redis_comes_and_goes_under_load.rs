@@ -35,7 +35,7 @@ const MEMBERS: usize = 5;
 const PACE: Duration = Duration::from_millis(100);
 /// How many requests are to be answered in each state of the store.
 const MANY: usize = 200;
-/// The store is tried again after 15 s at the latest, and swept every 15 s.
+/// The store is tried again after 15 s at the latest, and swept again 15 s after it could not be read.
 const WRITTEN: Duration = Duration::from_secs(45);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

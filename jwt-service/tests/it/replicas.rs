@@ -27,6 +27,9 @@ use crate::{
     support::{DEADLINE, Homeserver, get_token, settings, userinfo},
 };
 
+/// What Element Call has for a delay.
+const EIGHT_SECONDS: Duration = Duration::from_secs(8);
+
 /// A homeserver, a Redis server and two replicas of the service that have found each other.
 struct World {
     homeserver: Homeserver,
@@ -79,9 +82,13 @@ impl World {
 
     /// Delegates `delay_id` for alice at a replica. Its delay is an hour: nothing happens by itself.
     async fn delegate(&self, replica: usize, delay_id: &str) {
+        self.delegate_for(replica, delay_id, Duration::from_hours(1)).await;
+    }
+
+    async fn delegate_for(&self, replica: usize, delay_id: &str, delay: Duration) {
         let mut body = get_token(&self.homeserver.name(), "good", "alice");
         body["delay_id"] = json!(delay_id);
-        body["delay_timeout"] = json!(3_600_000);
+        body["delay_timeout"] = json!(u64::try_from(delay.as_millis()).unwrap());
         let request = Request::post("/delegate_delayed_leave").body(Body::from(body.to_string())).unwrap();
         assert_eq!(self.ask(replica, request).await, 200);
     }
@@ -167,4 +174,21 @@ async fn the_newest_delegation_counts_at_whichever_replica_it_is() {
     world.called("syd_3/send").await;
     world.nothing_stored().await;
     assert_eq!([world.count("syd_1/send"), world.count("syd_2/send"), world.count("syd_3/send")], [0, 0, 1]);
+}
+
+#[tokio::test]
+async fn a_short_delay_outlives_the_replica_that_restarted_it() {
+    require!(Peer::Redis);
+    let mut world = World::new().await;
+    world.delegate_for(0, "syd_1", EIGHT_SECONDS).await;
+    world.webhook(0, "participant_joined", "PA_1").await;
+    world.called("syd_1/restart").await;
+    *world.floor.present.lock().unwrap() = Some(true);
+    // As in a crash, nobody gives the lease up.
+    drop(world.services.remove(0));
+    let again = world.until("a restart by the other", async || world.count("syd_1/restart") > 1);
+    tokio::time::timeout(EIGHT_SECONDS, again).await.expect("before the homeserver sends the event");
+    world.webhook(0, "participant_left", "PA_1").await;
+    world.called("syd_1/send").await;
+    world.nothing_stored().await;
 }

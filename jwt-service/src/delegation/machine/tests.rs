@@ -388,6 +388,37 @@ fn a_leave_during_the_services_restart_is_noticed() {
 }
 
 #[test]
+fn an_sfu_that_is_down_after_the_services_restart_ends_no_call() {
+    let restored = || World::new(Start { was_connected: true, remaining: MS(3000), ..start(8000) });
+    let mut world = restored();
+    world.until(60_000);
+    assert_eq!(world.times(Seen::Restart)[..2], [0, 4000]);
+    assert!(world.times(Seen::Send).is_empty());
+    world.sfu = Presence::Present { sid: Some("PA_2".into()) };
+    world.until(130_000);
+    world.left(Some("PA_1"), Leave::Otherwise);
+    assert!(world.times(Seen::Send).is_empty(), "it is there by another connection");
+    world.left(Some("PA_2"), Leave::Otherwise);
+    assert_eq!(world.times(Seen::Send), [130_000]);
+
+    // Gone meanwhile: two looks say so, as far apart as after any restart.
+    let mut world = restored();
+    world.until(20_000);
+    world.sfu = Presence::Absent;
+    world.until(100_000);
+    let (send, looks) = (world.times(Seen::Send)[0], world.times(Seen::Look));
+    assert_eq!(looks.iter().rev().take(2).collect::<Vec<_>>(), [&send, &(send - 5000)]);
+    assert_eq!(world.times(Seen::Send).len(), 1);
+
+    // A webhook that does not say of which connection it is: only a look can tell.
+    let mut world = restored();
+    world.left(None, Leave::Otherwise);
+    world.sfu = Presence::Present { sid: Some("PA_2".into()) };
+    world.until(60_000);
+    assert!(world.times(Seen::Send).is_empty());
+}
+
+#[test]
 fn a_leave_that_is_told_after_the_services_restart_is_sent_if_nobody_is_there() {
     for why in [Leave::Otherwise, Leave::TakenOver] {
         let mut world = World::new(Start { was_connected: true, ..start(3_600_000) });
@@ -396,7 +427,7 @@ fn a_leave_that_is_told_after_the_services_restart_is_sent_if_nobody_is_there() 
         world.left(Some("PA_1"), why);
         world.until(1000);
         assert_eq!(world.times(Seen::Send), [600]);
-        assert_eq!(world.calls(), [Seen::Send, Seen::Ended(End::Sent)]);
+        assert_eq!(world.calls(), [Seen::Restart, Seen::Send, Seen::Ended(End::Sent)]);
     }
     // It may be about the connection before the one that we have not been told of.
     let mut world = World::new(Start { was_connected: true, ..start(3_600_000) });

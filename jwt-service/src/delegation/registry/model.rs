@@ -329,7 +329,7 @@ impl World {
                 }
                 self.registry.stored(self.now, &key, write, !failed);
             }
-            Effect::Lease { serial, key } => {
+            Effect::Lease { serial, key, .. } => {
                 let lease = match reply {
                     Reply::Failed | Reply::Arrived => Lease::Unknown,
                     Reply::Refused => Lease::Refused,

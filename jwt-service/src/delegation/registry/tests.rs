@@ -117,6 +117,36 @@ fn a_job_acts_only_with_its_lease() {
 }
 
 #[test]
+fn a_lease_is_over_long_before_the_delayed_event_fires() {
+    let ms = Duration::from_millis;
+    let asked = |world: &World| {
+        world.outstanding.iter().find_map(|effect| match effect {
+            Effect::Lease { serial, ttl, .. } => Some((*serial, *ttl)),
+            _ => None,
+        })
+    };
+    for (delay, ttl) in [(1000, 2000), (8000, 2000), (20_000, 5000), (3_600_000, 15_000)] {
+        let mut world = World::new();
+        world.add(0, ms(delay)).unwrap();
+        let (serial, first) = asked(&world).unwrap();
+        assert_eq!(first, ms(ttl), "{delay}");
+        world.outstanding.clear();
+        world.registry.leased(world.now, serial, Lease::Granted);
+        world.pass(ms(ttl / 3 - 1));
+        assert_eq!(asked(&world), None, "{delay}: renewed too often");
+        world.pass(ms(2));
+        assert_eq!(asked(&world), Some((serial, first)), "{delay}: renewed in time for two more attempts");
+    }
+}
+
+#[test]
+fn the_more_jobs_others_have_the_rarer_are_sweeps() {
+    let after = |stored, held| sweep_after(stored, held).as_secs();
+    assert_eq!([after(0, 0), after(10_000, 9_500), after(10_000, 9_000), after(5_000, 0)], [1, 1, 2, 10]);
+    assert_eq!([after(1_000_000, 0), after(usize::MAX, 0), after(0, 5)], [15, 15, 1]);
+}
+
+#[test]
 fn a_sweep_takes_up_gives_up_and_writes_again() {
     let mut world = World::new();
     world.add(0, HOUR).unwrap();

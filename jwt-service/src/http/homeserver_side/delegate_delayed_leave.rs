@@ -1,7 +1,8 @@
 //! `POST /_matrix/client/v1/rtc/livekit/delegate_delayed_leave` (MSC4195): takes a member's delayed leave over.
 //!
-//! The request does not say how long the delay is; the homeserver does, and it also says whose event it is. So
-//! nobody delegates what is not theirs. A service without a store does not offer this.
+//! Only members of the room may, as for a token. The request does not say how long the delay is; the homeserver
+//! does, and it also says whose event it is: nobody delegates what is not theirs. A service without a store does
+//! not offer this.
 
 use std::sync::Arc;
 
@@ -47,9 +48,13 @@ async fn answer(service: &Inner, delegation: &Delegation, request: Request) -> R
     drop(body);
     let event = async {
         let user_id = homeserver.whoami(&token).await?;
-        Ok((user_id, homeserver.delayed_event(&token, &delay_id).await?))
+        if !homeserver.is_joined(&token, &membership.room_id, &user_id).await? {
+            return Ok(None);
+        }
+        Ok(Some((user_id, homeserver.delayed_event(&token, &delay_id).await?)))
     };
-    let (user_id, event) = service.asking(homeserver.name(), event).await?;
+    let event = service.asking(homeserver.name(), event).await?;
+    let (user_id, event) = event.ok_or(HomeserverRefusal::Forbidden)?;
     drop(token);
     service.check_url(&membership.url)?;
     // Whether it is somebody else's or none at all is nobody's business.
