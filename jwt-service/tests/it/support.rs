@@ -3,10 +3,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -53,7 +50,7 @@ type Answer = dyn Fn(&Seen) -> Response + Send + Sync;
 pub(crate) struct Homeserver {
     pub(crate) address: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
-    connections: Arc<AtomicUsize>,
+    peers: Arc<Mutex<Vec<SocketAddr>>>,
 }
 
 impl Homeserver {
@@ -75,13 +72,13 @@ impl Homeserver {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let connections = Arc::new(AtomicUsize::new(0));
+        let peers = Arc::new(Mutex::new(Vec::new()));
         let answer: Arc<Answer> = Arc::new(answer);
         tokio::spawn({
-            let (seen, connections) = (seen.clone(), connections.clone());
+            let (seen, peers) = (seen.clone(), peers.clone());
             async move {
-                while let Ok((tcp, _)) = listener.accept().await {
-                    connections.fetch_add(1, Ordering::SeqCst);
+                while let Ok((tcp, peer)) = listener.accept().await {
+                    peers.lock().unwrap().push(peer);
                     let (acceptor, seen, answer) = (acceptor.clone(), seen.clone(), answer.clone());
                     tokio::spawn(async move {
                         let Ok(tls) = acceptor.accept(tcp).await else { return };
@@ -107,7 +104,7 @@ impl Homeserver {
                 }
             }
         });
-        Self { address, seen, connections }
+        Self { address, seen, peers }
     }
 
     /// A homeserver that knows the tokens in `users` (token, local part) and answers 404 to all but userinfo.
@@ -129,7 +126,12 @@ impl Homeserver {
     }
 
     pub(crate) fn connections(&self) -> usize {
-        self.connections.load(Ordering::SeqCst)
+        self.peers().len()
+    }
+
+    /// Who has connected, oldest first.
+    pub(crate) fn peers(&self) -> Vec<SocketAddr> {
+        self.peers.lock().unwrap().clone()
     }
 }
 
