@@ -434,7 +434,6 @@ impl Registry {
                     self.give_up(serial);
                 }
             }
-            News::Stopped => {}
             News::Released { sid } => {
                 if let Some(entry) = self.jobs.get_mut(&serial)
                     && matches!(entry.holding, Holding::Elsewhere { .. })

@@ -23,7 +23,7 @@ use super::{
     DelegationConfig, JobKey, JobParams, Stats,
     homeservers::{Action, Homeservers},
     machine::{CallId, Input, Outcome, Presence},
-    notice::{News, Notice},
+    notice::{Notice, Told},
     registry::{AddError, Effect, Lease, Now, Registry, Rules, SWEEP, Serial, Ticket, sweep_after},
 };
 use crate::{
@@ -50,6 +50,8 @@ const TOLD_TIME: Duration = Duration::from_secs(10);
 /// Between two attempts to listen: where that failed, and where the store does not offer it.
 const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 const LISTEN_PAUSE_REFUSED: Duration = Duration::from_mins(5);
+/// How often a replica says that it is there.
+const ANNOUNCE_PAUSE: Duration = Duration::from_mins(1);
 /// Time to give all leases up at the end.
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
@@ -80,7 +82,7 @@ struct Shared {
     store_calls: Semaphore,
     /// Which process says what the others hear: unlike `replica`, never the same twice.
     process: u64,
-    tell: mpsc::Sender<(Instant, Notice)>,
+    tell: mpsc::Sender<(Instant, Told)>,
 }
 
 /// A participant that is looked for, and who wants to know.
@@ -129,13 +131,13 @@ impl Delegation {
             tasks.push(tokio::spawn(shared.clone().sweep()).abort_handle());
             tasks.push(tokio::spawn(shared.clone().tell(told)).abort_handle());
             tasks.push(tokio::spawn(shared.clone().listen()).abort_handle());
+            tasks.push(tokio::spawn(shared.clone().announce()).abort_handle());
         }
         Self { shared, tasks }
     }
 
     /// Takes the jobs up that an earlier process has left in the store, and clears those away whose delayed
-    /// event has fired. To be awaited before requests and webhooks come in.
-    /// Takes up what is in the store; whether the store could be read.
+    /// event has fired; whether the store could be read. To be awaited before requests and webhooks come in.
     pub(crate) async fn restore(&self) -> bool {
         match self.shared.load().await {
             Ok(stored) => {
@@ -217,7 +219,7 @@ impl Delegation {
             }
         }
         let held: Vec<JobKey> = lock(&self.shared.registry).held().cloned().collect();
-        let stopped = held.first().map(|key| Notice { key: key.clone(), news: News::Stopped });
+        let leaves_jobs = !held.is_empty();
         let mut releases = tokio::task::JoinSet::new();
         for key in held {
             let shared = self.shared.clone();
@@ -226,8 +228,8 @@ impl Delegation {
         // A lease that is not given up runs out by itself.
         let _ = tokio::time::timeout(RELEASE_TIME, async {
             releases.join_all().await;
-            if let Some(notice) = stopped {
-                self.shared.store.tell(&notice.encode(self.shared.process)).await?;
+            if leaves_jobs {
+                self.shared.store.tell(&Told::Stopped.encode(self.shared.process)).await?;
             }
             Ok::<_, StoreError>(())
         })
@@ -425,15 +427,15 @@ impl Shared {
     /// Has `notice` told to the other replicas.
     fn say(&self, notice: Notice) {
         // Full while Redis is down: then nobody would hear it either.
-        let _ = self.tell.try_send((Instant::now(), notice));
+        let _ = self.tell.try_send((Instant::now(), Told::Notice(notice)));
     }
 
     /// Tells one notice after the other: that somebody has left must not come before that they have joined.
-    async fn tell(self: Arc<Self>, mut told: mpsc::Receiver<(Instant, Notice)>) {
-        while let Some((at, notice)) = told.recv().await {
+    async fn tell(self: Arc<Self>, mut queue: mpsc::Receiver<(Instant, Told)>) {
+        while let Some((at, told)) = queue.recv().await {
             // What has waited for a store that was down is no news any more.
             if at.elapsed() < TOLD_TIME {
-                let message = notice.encode(self.process);
+                let message = told.encode(self.process);
                 let _ = self.stored(self.store.tell(&message)).await;
             }
         }
@@ -444,13 +446,15 @@ impl Shared {
         loop {
             let began = Instant::now();
             let shared = self.clone();
-            let heard = move |message: &[u8]| {
-                if let Some(notice) = Notice::decode(message, shared.process) {
-                    if notice.news == News::Stopped {
-                        shared.look.notify_one();
-                    }
-                    shared.with(|registry, now| registry.heard(now, notice));
-                }
+            let heard = move |message: &[u8]| match Told::decode(message, shared.process) {
+                Some(Told::Notice(notice)) => shared.with(|registry, now| registry.heard(now, notice)),
+                Some(Told::Stopped) => shared.look.notify_one(),
+                Some(Told::Here { replica }) if replica == shared.replica => tracing::warn!(
+                    replica,
+                    "another process on this Redis has our name, and both act on every job; if it is not about to \
+                         stop, give each a LIVEKIT_JWT_REPLICA of its own"
+                ),
+                Some(Told::Here { .. }) | None => {}
             };
             let pause = match self.store.listen(&heard).await {
                 Ok(()) => {
@@ -463,6 +467,15 @@ impl Shared {
                 }
             };
             tokio::time::sleep_until(began + pause).await;
+        }
+    }
+
+    /// Says who we are, again and again: whoever has the same name hears it.
+    async fn announce(self: Arc<Self>) {
+        loop {
+            let here = Told::Here { replica: self.replica.clone() };
+            let _ = self.tell.try_send((Instant::now(), here));
+            tokio::time::sleep(ANNOUNCE_PAUSE).await;
         }
     }
 

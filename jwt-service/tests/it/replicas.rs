@@ -22,6 +22,7 @@ use serde_json::json;
 use tower::ServiceExt as _;
 
 use crate::{
+    child::Program,
     delegated_leave::{Floor, signed},
     jobs_in_redis::Redis,
     support::{DEADLINE, Homeserver, get_token, settings, userinfo},
@@ -191,4 +192,41 @@ async fn a_short_delay_outlives_the_replica_that_restarted_it() {
     world.webhook(0, "participant_left", "PA_1").await;
     world.called("syd_1/send").await;
     world.nothing_stored().await;
+}
+
+#[tokio::test]
+async fn two_processes_of_one_name_are_told_so() {
+    require!(Peer::Redis);
+    let redis = Redis::start(&[]).await;
+    let process = async |name: &str| {
+        let mut program = Program::new();
+        program
+            .set("LIVEKIT_URL", "ws://127.0.0.1:9")
+            .set("LIVEKIT_KEY", "devkey")
+            .set("LIVEKIT_SECRET", "devsecret")
+            .set("LIVEKIT_FULL_ACCESS_HOMESERVERS", "hs.org")
+            .set("LIVEKIT_REDIS_URL", redis.url())
+            .set("LIVEKIT_JWT_REPLICA", name)
+            .start()
+            .await;
+        program
+    };
+    let one = process("one").await;
+    let listening =
+        redis::Value::Array(vec![redis::Value::BulkString(b"lk-jwt:notices".to_vec()), redis::Value::Int(1)]);
+    let wait = async {
+        while redis.raw(&["PUBSUB", "NUMSUB", "lk-jwt:notices"]).await != listening {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait).await.expect("it listens");
+    let _two = process("two").await;
+    let _another_one = process("one").await;
+    let wait = async {
+        while !one.log().tail().contains("LIVEKIT_JWT_REPLICA") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait).await.expect("a warning");
+    assert_eq!(one.log().tail().matches("has our name").count(), 1, "{}", one.log().tail());
 }

@@ -183,7 +183,7 @@ impl World {
                 self.others = true;
                 self.excuse(&key(n));
             }
-            News::Joined { .. } | News::Released { .. } | News::Stopped => {}
+            News::Joined { .. } | News::Released { .. } => {}
         }
         self.registry.heard(self.now, Notice { key: key(n), news });
         self.collect();
