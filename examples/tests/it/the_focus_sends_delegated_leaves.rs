@@ -4,18 +4,20 @@
 use std::time::Duration;
 
 use antiphon_call_sdk::{
+    call::{Call, CallEvent, CallOptions},
     media::TrackSpec,
     transport::{
         MediaTransport as _,
         livekit::{ConnectOptions, LiveKitTransport},
     },
 };
+use antiphon_examples::Session;
 use antiphon_focus::{Config, Focus, FocusHandle};
 use antiphon_testkit::homeserver::{DevHomeserver, Options, RegisteredUser};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::turn;
+use crate::support::{create_call_room, event, turn};
 
 const MEMBER: &str = "org.matrix.msc3401.call.member";
 const HOUR_MS: u32 = 3_600_000;
@@ -91,6 +93,65 @@ impl<'a> Caller<'a> {
             since = format!("&since={}", sync["next_batch"].as_str().unwrap());
         }
     }
+}
+
+/// A member's process that is about to die: its runtime and all that lives in it.
+struct Process {
+    runtime: tokio::runtime::Runtime,
+    _whole: Box<dyn std::any::Any + Send>,
+}
+
+impl Process {
+    /// A member who has delegated a leave that would otherwise come in ten minutes, and can be heard.
+    fn start(homeserver: &str, room: &matrix_sdk::ruma::RoomId) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let whole = runtime.block_on(async {
+            let session = Session::log_in(homeserver, "bob", "pw").await.unwrap();
+            let room = session.enter(room).await.unwrap();
+            let mut options = CallOptions::default();
+            options.delegate_leave = true;
+            options.membership.leave_delay = Duration::from_mins(10);
+            let (call, mut events) = Call::join(&room, options).await.unwrap();
+            let track = call.publish(TrackSpec::microphone()).await.unwrap();
+            let delegated = |event: &CallEvent| matches!(event, CallEvent::LeaveDelegated);
+            event(&mut events, "delegation", Duration::from_secs(30), delegated).await;
+            (session, call, events, track)
+        });
+        Self { runtime, _whole: Box::new(whole) }
+    }
+
+    /// No task of it runs from here on, so that it can say goodbye to nobody.
+    fn kill(self) {
+        self.runtime.shutdown_background();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_a_members_process_dies() {
+    let _turn = turn().await;
+    let focus = Focus::start(Config::dev_ephemeral()).await.unwrap();
+    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
+    let service = focus.jwt_url().unwrap();
+    homeserver.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service })]);
+    for user in ["alice", "bob"] {
+        homeserver.register_user(user, "pw").unwrap();
+    }
+    let alice = Session::log_in(homeserver.url(), "alice", "pw").await.unwrap();
+    let id = create_call_room(&alice).await;
+    let room = alice.enter(&id).await.unwrap();
+    let (call, mut events) = Call::join(&room, CallOptions::default()).await.unwrap();
+    let url = homeserver.url().to_owned();
+    let bob = tokio::task::spawn_blocking(move || Process::start(&url, &id)).await.unwrap();
+    let about_bob =
+        |event: &CallEvent| matches!(event, CallEvent::MemberJoined(m) if m.user_id.localpart() == "bob");
+    event(&mut events, "bob", Duration::from_secs(30), about_bob).await;
+    bob.kill();
+    let gone =
+        |event: &CallEvent| matches!(event, CallEvent::MemberLeft(m) if m.user_id.localpart() == "bob");
+    event(&mut events, "bob's leave", Duration::from_secs(20), gone).await;
+    call.leave().await;
+    focus.shutdown().await;
+    homeserver.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
