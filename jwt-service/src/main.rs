@@ -122,7 +122,7 @@ fn settings_help() -> String {
 }
 
 fn sources(arguments: &ArgMatches) -> Result<Sources, ConfigError> {
-    let mut sources = Sources::from_env(&|name| std::env::var(name).ok());
+    let mut sources = Sources::from_process()?;
     if let Some(path) = arguments.get_one::<PathBuf>("config") {
         sources = sources.with_file(path)?;
     }

@@ -47,6 +47,12 @@ impl FromStr for Bind {
                 Err(format!("{text:?} has no absolute path after unix:"))
             };
         }
+        if text.contains("://") {
+            return Err(format!("{text:?} is a URL"));
+        }
+        if text.ends_with(']') {
+            return Err(format!("{text:?} has no port after the bracket"));
+        }
         let (host, port) =
             text.rsplit_once(':').ok_or_else(|| format!("{text:?} has no colon before the port"))?;
         let port = port.parse().map_err(|_| format!("{port:?} is not a port (0 to 65535)"))?;
@@ -55,6 +61,9 @@ impl FromStr for Bind {
             None if host.contains(':') => return Err(format!("{text:?} is IPv6 without brackets")),
             None => host,
         };
+        if host.contains(|c: char| c.is_whitespace() || matches!(c, '/' | '@' | ',' | '[' | ']')) {
+            return Err(format!("{host:?} is no host"));
+        }
         Ok(Self::Tcp { host: (!host.is_empty()).then(|| host.to_owned()), port })
     }
 }

@@ -370,6 +370,23 @@ pub enum Warning {
          effect"
     )]
     WildcardInList,
+    /// A star in a list.
+    #[error(
+        "LIVEKIT_PRIVATE_HOMESERVERS: * has no effect here; write the name of each server that is on a private \
+         address"
+    )]
+    WildcardInPrivate,
+    /// An entry of a list of servers that no server has for a name.
+    #[error(
+        "{place}: {name:?} is no server name and never matches; write what comes after the colon in Matrix IDs, \
+         such as example.com"
+    )]
+    NoServer {
+        /// The variable, the flag, or the key and its file.
+        place: String,
+        /// The entry.
+        name: String,
+    },
     /// Jobs are kept in memory.
     #[error(
         "delegated leaves are kept in memory alone: when this service restarts, every one of them is forgotten \

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use url::Url;
 
-use super::sources::{Kind, SETTINGS, Setting, Sources};
+use super::{
+    load,
+    sources::{Kind, SETTINGS, Setting, Sources},
+};
 
 const REDACTED: &str = "[redacted]";
 
@@ -16,6 +19,12 @@ pub(super) fn print(sources: &Sources) -> String {
         let found = sources.find(setting.variable);
         let place = found.as_ref().map_or("default", |found| &found.place);
         let value = found.as_ref().map_or(setting.default, |found| found.text);
+        if setting.variable == "LIVEKIT_JWT_BIND"
+            && let Some(line) = port(sources)
+        {
+            text.push_str(&line);
+            continue;
+        }
         // Writing to a String does not fail.
         let _ = match setting.kind {
             _ if value.is_empty() => writeln!(text, "# {key} is not set"),
@@ -27,6 +36,19 @@ pub(super) fn print(sources: &Sources) -> String {
         };
     }
     text + &tables
+}
+
+/// The line for where to listen, if the deprecated variable has a say in it.
+fn port(sources: &Sources) -> Option<String> {
+    const VARIABLES: usize = 1;
+    let old = sources.find("LIVEKIT_JWT_PORT")?;
+    // A flag goes before it, a file after it, and another variable excludes it.
+    let newer = (0..=VARIABLES).any(|layer| sources.at(layer, "LIVEKIT_JWT_BIND").is_some());
+    match load::bind(sources, &mut Vec::new()) {
+        Ok(bind) if !newer => Some(format!("bind = {}  # {}\n", quoted(&bind.to_string()), old.place)),
+        Ok(_) => None,
+        Err(error) => Some(format!("# bind: {error}\n")),
+    }
 }
 
 fn shown(setting: &Setting, value: &str) -> String {

@@ -337,6 +337,23 @@ pub struct Sources {
 type Values = BTreeMap<&'static str, Secret>;
 
 impl Sources {
+    /// The environment variables in [`SETTINGS`] that this process has.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if one of them is not UTF-8.
+    pub fn from_process() -> Result<Self, ConfigError> {
+        use std::env::{VarError, var};
+        let not_text = |s: &&Setting| matches!(var(s.variable), Err(VarError::NotUnicode(_)));
+        match SETTINGS.iter().find(not_text) {
+            Some(setting) => Err(ConfigError::Malformed {
+                place: setting.variable.to_owned(),
+                problem: "the value is not text in UTF-8".to_owned(),
+                advice: "it in UTF-8: letters beyond ASCII may be in another encoding".to_owned(),
+            }),
+            None => Ok(Self::from_env(&|name| var(name).ok())),
+        }
+    }
+
     /// The environment variables in [`SETTINGS`]; `variable` looks one up.
     pub fn from_env(variable: &impl Fn(&str) -> Option<String>) -> Self {
         let environment = SETTINGS

@@ -183,8 +183,9 @@ impl<'de> Visitor<'de> for NodeVisitor {
         Ok(number.try_into().map_or(Node::Other, Node::Integer))
     }
 
-    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Node, E> {
-        Ok(Node::Other)
+    fn visit_f64<E: de::Error>(self, number: f64) -> Result<Node, E> {
+        // `-0` is an integer in JSON, and none in Rust.
+        Ok(if number == 0.0 && number.is_sign_negative() { Node::Integer(0) } else { Node::Other })
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Node, E> {
@@ -309,6 +310,7 @@ mod tests {
     fn the_whole_range_of_integers_is_read() {
         assert_eq!(decode(r#"{"delay_timeout":9223372036854775807}"#).unwrap().delay_timeout, i64::MAX);
         assert_eq!(decode(r#"{"delay_timeout":-9223372036854775808}"#).unwrap().delay_timeout, i64::MIN);
+        assert_eq!(decode(r#"{"delay_timeout":-0}"#).unwrap().delay_timeout, 0);
     }
 
     #[test]

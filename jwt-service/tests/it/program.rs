@@ -6,7 +6,13 @@ use std::{
 };
 
 use antiphon_jwt_service::{EMPTY_TIMEOUT, SETTINGS};
-use axum::{Router, body::Bytes, http::Uri, response::IntoResponse, routing::get};
+use axum::{
+    Router,
+    body::Bytes,
+    http::{StatusCode, Uri},
+    response::IntoResponse,
+    routing::post,
+};
 use livekit_protocol::{CreateRoomRequest, Room};
 use prost::Message as _;
 use tokio::{
@@ -68,7 +74,8 @@ async fn start_up_errors_name_the_variable_and_the_remedy() {
     for (changes, expected) in [
         (("LIVEKIT_URL", ""), "LIVEKIT_URL is not set; write "),
         (("LIVEKIT_KEY", ""), "LIVEKIT_KEY is not set; write "),
-        (("LIVEKIT_SECRET", " "), "LIVEKIT_SECRET is not set; write "),
+        (("LIVEKIT_SECRET", ""), "LIVEKIT_SECRET is not set; write "),
+        (("LIVEKIT_SECRET", " "), "LIVEKIT_SECRET: there is no secret in it; write "),
         (("LIVEKIT_KEY_FILE", "/nonexistent"), "LIVEKIT_KEY_FILE: /nonexistent cannot be read; check "),
         (("LIVEKIT_FULL_ACCESS_HOMESERVERS", ""), "LIVEKIT_FULL_ACCESS_HOMESERVERS is not set; write "),
         (("LIVEKIT_JWT_BIND", "8080"), "LIVEKIT_JWT_BIND: \"8080\" has no colon before the port; write "),
@@ -102,6 +109,20 @@ async fn start_up_errors_name_the_variable_and_the_remedy() {
         assert!(stderr.starts_with(&format!("jwt-service: {expected}")), "{stderr}");
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
         assert!(!stderr.contains("hunter2"), "{stderr}");
+    }
+}
+
+#[tokio::test]
+async fn a_variable_in_another_encoding_is_no_unset_one() {
+    use std::os::unix::ffi::OsStrExt as _;
+    for flags in [&[][..], &["--print-config"], &["--check-config"], &["--healthcheck"]] {
+        let mut command = program(&[]);
+        command.env("LIVEKIT_JWT_REPLICA", std::ffi::OsStr::from_bytes(b"caf\xe9")).args(flags);
+        let ended = output(command).await;
+        let stderr = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(1), "{stderr}");
+        let expected = "jwt-service: LIVEKIT_JWT_REPLICA: the value is not text in UTF-8; write ";
+        assert!(stderr.starts_with(expected), "{stderr}");
     }
 }
 
@@ -218,12 +239,16 @@ async fn stop(running: &mut Running) -> String {
 async fn sfu() -> (String, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
     let created = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let rooms = created.clone();
-    let router = Router::new().route("/", get(|| async { "OK" })).fallback(move |body: Bytes| {
+    let create = async move |body: Bytes| {
         let request = CreateRoomRequest::decode(body).unwrap();
         assert_eq!(request.empty_timeout, EMPTY_TIMEOUT);
         rooms.lock().unwrap().push(request.name);
-        async { Room { sid: "RM_1".into(), ..Default::default() }.encode_to_vec().into_response() }
-    });
+        Room { sid: "RM_1".into(), ..Default::default() }.encode_to_vec().into_response()
+    };
+    // Whoever else is asked for is not there.
+    let router = Router::new()
+        .route("/twirp/livekit.RoomService/CreateRoom", post(create))
+        .fallback((StatusCode::NOT_FOUND, r#"{"code":"not_found"}"#));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}", listener.local_addr().unwrap());
     tokio::spawn(async move { axum::serve(listener, router).await });
@@ -313,6 +338,8 @@ async fn operators_see_what_happens_on_a_listener_of_their_own() {
     stop(&mut Running { child, address, stderr }).await;
 }
 
+const GET_PARTICIPANT: &str = "/twirp/livekit.RoomService/GetParticipant";
+
 #[tokio::test]
 async fn the_sfu_is_called_through_a_proxy_unless_it_is_here_or_excepted() {
     let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -333,7 +360,10 @@ async fn the_sfu_is_called_through_a_proxy_unless_it_is_here_or_excepted() {
         stop(&mut running).await;
         (answer.contains("\"sfu\":\"ok\""), std::mem::take(&mut *asked.lock().unwrap()))
     };
-    assert_eq!(ready("ws://sfu.test:7880", "").await, (true, vec!["http://sfu.test:7880/".to_owned()]));
+    assert_eq!(
+        ready("ws://sfu.test:7880", "").await,
+        (true, vec![format!("http://sfu.test:7880{GET_PARTICIPANT}")])
+    );
     assert_eq!(ready("ws://sfu.test:7880", "sfu.test").await, (false, vec![]));
     let (here, _) = sfu().await;
     assert_eq!(ready(&here, "").await, (true, vec![]));

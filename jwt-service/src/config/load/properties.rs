@@ -1,6 +1,9 @@
 //! What must hold for any list of servers that an operator writes.
 
-use super::{Found, names, overrides};
+use super::{
+    Found,
+    lists::{names, urls},
+};
 use crate::FullAccess;
 
 /// `LIVEKIT_FULL_ACCESS_HOMESERVERS` and `LIVEKIT_CS_API_URL_OVERRIDES`.
@@ -16,12 +19,12 @@ pub(crate) fn lists_of_servers(list: &str, pairs: &str) {
     }
 
     let found = |text| Found { text, place: "a setting".to_owned() };
-    let Ok(urls) = overrides(found(pairs)) else { return };
-    for (name, url) in &urls {
+    let Ok(written) = urls(&found(pairs)) else { return };
+    for (name, url) in &written {
         assert!(!name.is_empty() && *name == name.to_ascii_lowercase());
         assert!(matches!(url.scheme(), "http" | "https") && url.has_host());
         assert!(url.as_str().parse::<hyper::Uri>().is_ok(), "no request can be made to {url}");
     }
-    let again: Vec<String> = urls.iter().map(|(name, url)| format!("{name}={url}")).collect();
-    assert_eq!(overrides(found(&again.join(","))).ok(), Some(urls), "written and read again");
+    let again: Vec<String> = written.iter().map(|(name, url)| format!("{name}={url}")).collect();
+    assert_eq!(urls(&found(&again.join(","))).ok(), Some(written), "written and read again");
 }
