@@ -3,9 +3,24 @@
 
 use axum::{body::HttpBody as _, extract::Request};
 use bytes::Bytes;
+use tokio::sync::SemaphorePermit;
 
-use super::error::Refusal;
-use crate::config::Limits;
+use super::{error::Refusal, json::Body};
+use crate::{Inner, config::Limits};
+
+impl Inner {
+    /// What a token request says, and its place among those in progress. `members` are what it may have at the top.
+    pub(super) async fn take(
+        &self,
+        request: Request,
+        members: &[&str],
+    ) -> Result<(SemaphorePermit<'_>, Body), Refusal> {
+        let place = self.place()?;
+        let bytes = read(request, &self.settings.limits).await?;
+        let body = Body::decode(&bytes, members).map_err(|_| Refusal::NotJson)?;
+        Ok((place, body))
+    }
+}
 
 /// The whole body of `request`, or why it is not accepted.
 pub(super) async fn read(request: Request, limits: &Limits) -> Result<Bytes, Refusal> {

@@ -34,7 +34,7 @@ use crate::{
 const MAX_BODY: usize = 1024 * 1024;
 /// How far the SFU's clock may be off, in seconds.
 const LEEWAY: u64 = 60;
-/// How many bodies are remembered against replays. Beyond it the oldest are forgotten, whose tokens have
+/// How many deliveries are remembered against replays. Beyond it the oldest are forgotten, whose tokens have
 /// mostly expired by then.
 const MAX_REPLAYS: usize = 16 * 1024;
 
@@ -47,24 +47,42 @@ pub(super) async fn sfu_webhook(State(service): State<Arc<Inner>>, request: Requ
     }
     match receive(&service, delegation, request).await {
         Ok(()) => StatusCode::OK.into_response(),
-        Err(refusal) => {
-            tracing::warn!(?refusal, "webhook refused");
+        Err(Unwelcome::NotBelieved(fault)) => {
+            tracing::warn!(cause = %fault, "webhook refused");
+            Refusal::WebhookUnauthorized.into_response()
+        }
+        Err(Unwelcome::Refused(refusal)) => {
+            tracing::warn!(cause = refusal.label(), "webhook refused");
             refusal.into_response()
         }
     }
 }
 
-async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Refusal> {
-    let unauthorized = |fault: Fault| {
-        tracing::warn!(cause = %fault, "webhook not believed");
-        Refusal::WebhookUnauthorized
-    };
-    let token = token(request.headers()).ok_or(Fault::NoToken).map_err(unauthorized)?;
+/// Why a webhook has no effect.
+enum Unwelcome {
+    NotBelieved(Fault),
+    Refused(Refusal),
+}
+
+impl From<Fault> for Unwelcome {
+    fn from(fault: Fault) -> Self {
+        Self::NotBelieved(fault)
+    }
+}
+
+impl From<Refusal> for Unwelcome {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Unwelcome> {
+    let token = token(request.headers()).ok_or(Fault::NoToken)?;
     let limits = Limits { body: MAX_BODY, ..service.settings.limits.clone() };
     let body = intake::read(request, &limits).await?;
     let digest: [u8; 32] = Sha256::digest(&body).into();
     let settings = &service.settings;
-    let expiry = verify(token.expose(), &settings.key, &settings.secret, &digest).map_err(unauthorized)?;
+    let expiry = verify(token.expose(), &settings.key, &settings.secret, &digest)?;
     let event = event(&body).ok_or(Refusal::WebhookMalformed)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let Some((key, input)) = event else { return Ok(()) };
@@ -79,7 +97,7 @@ async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> 
         Ok(())
     } else {
         service.replays.forget(&delivery);
-        Err(Refusal::ShuttingDown)
+        Err(Refusal::ShuttingDown.into())
     }
 }
 
@@ -189,7 +207,7 @@ fn why(reason: Option<&Value>) -> Leave {
     }
 }
 
-/// Webhooks that were taken, by the digest of the whole body: ids and times of events may repeat.
+/// Webhooks that were taken, by the digest of their token: ids and times of events may repeat, and so may bodies.
 #[derive(Debug, Default)]
 pub(crate) struct Replays(Mutex<Taken>);
 
