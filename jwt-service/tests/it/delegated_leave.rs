@@ -603,15 +603,24 @@ async fn a_webhook_played_back_has_no_effect() {
         "participant": {"identity": identity.as_str(), "disconnectReason": "CLIENT_INITIATED"},
     })
     .to_string();
-    assert_eq!(world.request(signed(&left, "devsecret", 60, "")).await.0, 200);
+    let token = signed(&left, "devsecret", 60, "").headers()[header::AUTHORIZATION].clone();
+    let delivery = || {
+        let request = Request::post("/sfu_webhook").header(header::AUTHORIZATION, &token);
+        request.body(Body::from(left.clone())).unwrap()
+    };
+    assert_eq!(world.request(delivery()).await.0, 200);
     world.stored(0).await;
     world.delegate("syd_2", 60_000).await;
     world.webhook("participant_joined", "").await;
     world.called(2).await;
-    assert_eq!(world.request(signed(&left, "devsecret", 60, "")).await.0, 200);
+    assert_eq!(world.request(delivery()).await.0, 200);
     assert_eq!(world.shelf.ids(), ["syd_2"]);
     let stats = world.service.delegation_stats().unwrap();
     assert_eq!((stats.connected, stats.leaving), (1, 0));
+    // The same words with a token of their own are news: she has left again.
+    assert_eq!(world.request(signed(&left, "devsecret", 50, "")).await.0, 200);
+    world.stored(0).await;
+    assert_eq!(world.calls().last().unwrap(), "syd_2/send");
 }
 
 #[tokio::test]

@@ -55,6 +55,16 @@ async fn a_unix_socket_serves_and_goes_with_the_service() {
 }
 
 #[tokio::test]
+async fn a_file_that_is_no_socket_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("precious");
+    fs::write(&path, "data").unwrap();
+    let bind: Bind = format!("unix:{}", path.display()).parse().unwrap();
+    assert!(listen(&bind).await.is_err());
+    assert_eq!(fs::read_to_string(&path).unwrap(), "data");
+}
+
+#[tokio::test]
 async fn tls_is_served_and_a_renewed_certificate_is_read_again() {
     let directory = tempfile::tempdir().unwrap();
     let (chain, key) = (directory.path().join("chain.pem"), directory.path().join("key.pem"));

@@ -31,6 +31,7 @@ mod refusals;
 mod replicas;
 mod request_ids;
 mod requirements;
+mod reset_connections;
 mod sfu_calls;
 mod strangers_addresses;
 mod without_root_certificates;

@@ -195,6 +195,24 @@ async fn a_short_delay_outlives_the_replica_that_restarted_it() {
 }
 
 #[tokio::test]
+async fn a_replica_that_stops_leaves_its_jobs_to_the_other() {
+    require!(Peer::Redis);
+    let world = World::new().await;
+    world.delegate(0, "syd_1").await;
+    world.webhook(0, "participant_joined", "PA_1").await;
+    world.called("syd_1/restart").await;
+    *world.floor.present.lock().unwrap() = Some(true);
+    world.services[0].shutdown(DEADLINE).await;
+    // The lease of an hour's delay lasts 15 s: it was given up.
+    let again = world.until("a restart by the other", async || world.count("syd_1/restart") > 1);
+    tokio::time::timeout(Duration::from_secs(10), again).await.expect("before the lease would run out");
+    world.webhook(1, "participant_left", "PA_1").await;
+    world.called("syd_1/send").await;
+    world.nothing_stored().await;
+    assert_eq!(world.count("syd_1/send"), 1);
+}
+
+#[tokio::test]
 async fn two_processes_of_one_name_are_told_so() {
     require!(Peer::Redis);
     let redis = Redis::start(&[]).await;

@@ -46,6 +46,22 @@ pub(crate) struct Seen {
 
 type Answer = dyn Fn(&Seen) -> Response + Send + Sync;
 
+/// TLS with a self-signed certificate for this machine.
+pub(crate) fn certificate() -> rustls::ServerConfig {
+    let certified =
+        rcgen::generate_simple_self_signed(["127.0.0.1".to_owned(), "localhost".to_owned()]).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![certified.cert.der().clone()],
+            rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap(),
+        )
+        .unwrap()
+}
+
 /// An HTTPS server on 127.0.0.1 with a self-signed certificate that offers HTTP/1.1 and h2.
 pub(crate) struct Homeserver {
     pub(crate) address: SocketAddr,
@@ -55,18 +71,7 @@ pub(crate) struct Homeserver {
 
 impl Homeserver {
     pub(crate) async fn start(answer: impl Fn(&Seen) -> Response + Send + Sync + 'static) -> Self {
-        let certified =
-            rcgen::generate_simple_self_signed(["127.0.0.1".to_owned(), "localhost".to_owned()]).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut tls = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![certified.cert.der().clone()],
-                rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap(),
-            )
-            .unwrap();
+        let mut tls = certificate();
         tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let acceptor = TlsAcceptor::from(Arc::new(tls));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

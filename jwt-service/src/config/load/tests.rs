@@ -151,6 +151,7 @@ fn the_full_access_list_is_split_and_the_star_stands_alone() {
     let only = |names: &[&str]| FullAccess::Only(names.iter().map(|n| (*n).to_owned()).collect());
     assert_eq!(list("*"), FullAccess::All);
     assert_eq!(list(" * ,"), FullAccess::All);
+    assert_eq!(list("* *"), only(&["*"]), "a slip, not everybody");
     assert_eq!(list("a,b c\u{2003}d,,e"), only(&["a", "b", "c", "d", "e"]));
     assert_eq!(list("*,a"), only(&["*", "a"]));
     assert_eq!(list(","), only(&[]));
