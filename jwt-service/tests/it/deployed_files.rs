@@ -75,10 +75,11 @@ impl Proxy {
         let (clients, homeserver) = (ports::free().unwrap(), ports::free().unwrap());
         let folder = tempfile::tempdir().unwrap();
         let mut sites = replaced(&replaced(&deployed("Caddyfile"), SERVICE, service), SFU, sfu);
-        sites = replaced(&sites, "https://matrix-rtc.example.com", &format!("http://127.0.0.1:{clients}"));
-        sites = replaced(&sites, "https://matrix.example.com", &format!("http://127.0.0.1:{homeserver}"));
+        sites = replaced(&sites, "https://matrix-rtc.example.com", &format!("http://:{clients}"));
+        sites = replaced(&sites, "https://matrix.example.com", &format!("http://:{homeserver}"));
         let file = folder.path().join("Caddyfile");
-        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n}}\n{sites}")).unwrap();
+        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{sites}"))
+            .unwrap();
         let mut command = Command::new(Peer::Caddy.find().unwrap());
         command.args(["run", "--adapter", "caddyfile", "--config"]).arg(file);
         for variable in ["HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"] {
@@ -254,12 +255,16 @@ async fn a_call_is_reached_through_nginx() {
 }
 
 #[tokio::test]
-async fn the_service_is_reached_through_caddy() {
+async fn a_call_is_reached_through_caddy() {
     require!(Peer::Caddy);
     let service = strict_service().await;
-    let (sfu, _) = recorder(SWITCHES).await;
+    let (sfu, mut seen) = recorder(SWITCHES).await;
     let proxy = Proxy::caddy(&service.address(), &sfu).await;
     clients_reach_the_service_under_their_own_addresses(&proxy).await;
+    web_sockets_reach_the_sfu(&proxy, &mut seen).await;
+    let (service, mut seen) = recorder(EMPTY).await;
+    let proxy = Proxy::caddy(&service, &sfu).await;
+    signed_requests_arrive_as_they_were_sent(&proxy, &mut seen).await;
 }
 
 /// The values that the unit sets, with its state in `folder` and its credentials there too.
