@@ -1,5 +1,6 @@
 //! What replicas that share a store tell each other: webhooks that reached one which does not have the job's
-//! lease, who takes a job over from whom, and who is there at all. Nothing rests on a notice being heard; it only saves time.
+//! lease, who takes a job over from whom, and who is there at all. Nothing rests on its being heard; it only saves
+//! time.
 
 use std::time::{Duration, SystemTime};
 

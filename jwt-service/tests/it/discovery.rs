@@ -1,8 +1,15 @@
 //! Matrix server discovery: where a server name leads, which `Host` is sent and which name TLS is about.
 
-use std::sync::Arc;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
-use antiphon_jwt_service::{Service, Settings};
+use antiphon_jwt_service::{Resolve, ResolveError, Service, Settings, SrvRecord};
+use async_trait::async_trait;
 use axum::{
     body::Body,
     http::{Request, StatusCode, header},
@@ -240,4 +247,35 @@ async fn a_server_in_trouble_has_not_said_that_there_is_no_document() {
         let counted = format!("discovery_total{{outcome=\"{outcome}\"}} 1\n");
         assert!(String::from_utf8_lossy(&metrics).contains(&counted), "{status}");
     }
+}
+
+/// A name server that answers every second time.
+struct Wavering(Names, AtomicUsize);
+
+#[async_trait]
+impl Resolve for Wavering {
+    async fn addresses(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, ResolveError> {
+        if self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+            return Err(ResolveError::NotFound);
+        }
+        self.0.addresses(host, port).await
+    }
+
+    async fn services(&self, name: &str) -> Result<Vec<SrvRecord>, ResolveError> {
+        self.0.services(name).await
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_be_connected_to_is_tried_once_more() {
+    let hs = homeserver(absent).await;
+    let names = Names::default().address("hs.test", 8008, hs.address);
+    let names = Arc::new(Wavering(names, AtomicUsize::new(0)));
+    let service = Service::with_resolver(settings(), Arc::new(FakeSfu::default()), names.clone()).unwrap();
+    let client = Client::of(service);
+    let reply = client.post("/get_token", get_token("hs.test:8008", "good", "alice")).await;
+    // The fake vouches for users of another name; what counts is that it was asked.
+    assert_eq!((reply.status, hs.lookups(), names.1.load(Ordering::Relaxed)), (401, 1, 2));
+    let gone = client.post("/get_token", get_token("hs.test:1", "good", "alice")).await;
+    assert_eq!((gone.status, names.1.load(Ordering::Relaxed)), (401, 4), "once, and no more");
 }
