@@ -198,13 +198,15 @@ async fn serve(config: Config, certificate: Option<Certificate>) -> Result<(), B
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     let (stop, stopped) = watch::channel(false);
+    // Operators' tools see the end, too.
+    let (end, ended) = watch::channel(false);
 
     let operators = match &metrics {
         Some(bind) => {
             let listener = listen_for("LIVEKIT_JWT_METRICS_BIND", bind).await?;
             tracing::info!(address = %listener, "metrics");
             let router = service.operators_router();
-            Some(tokio::spawn(serve_with(listener, router, operators_bounds, told(stopped.clone()))))
+            Some(tokio::spawn(serve_with(listener, router, operators_bounds, told(ended))))
         }
         None => None,
     };
@@ -227,14 +229,15 @@ async fn serve(config: Config, certificate: Option<Certificate>) -> Result<(), B
             },
         }
     }
-    tracing::info!("stopping");
     service.stopping();
+    tracing::info!("stopping");
     let asked = tokio::time::Instant::now();
-    // Fails only if nobody listens any more, which is what it asks for.
+    // Each fails only if nobody listens any more, which is what it asks for.
     let _ = stop.send(true);
     server.await?;
     // Requests first: the last of them may still have handed over a leave.
     service.shutdown(grace.saturating_sub(asked.elapsed())).await;
+    let _ = end.send(true);
     if let Some(operators) = operators {
         operators.await?;
     }

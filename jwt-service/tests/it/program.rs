@@ -6,6 +6,7 @@ use std::{
 };
 
 use antiphon_jwt_service::{EMPTY_TIMEOUT, SETTINGS};
+use antiphon_testkit::peers::ports;
 use axum::{
     Router,
     body::Bytes,
@@ -409,7 +410,12 @@ async fn log_lines_can_be_json_and_carry_the_requests_id() {
 async fn requests_in_progress_are_answered_before_it_stops() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let name = silent.local_addr().unwrap().to_string();
-    let mut running = start(&[("LIVEKIT_INSECURE_SKIP_VERIFY_TLS", "YES_I_KNOW_WHAT_I_AM_DOING")]).await;
+    let operators = ports::free().unwrap().to_string();
+    let mut running = start(&[
+        ("LIVEKIT_INSECURE_SKIP_VERIFY_TLS", "YES_I_KNOW_WHAT_I_AM_DOING"),
+        ("LIVEKIT_JWT_METRICS_BIND", &operators),
+    ])
+    .await;
     let url = format!("http://{}/get_token", running.address);
     let asked = tokio::spawn(async move {
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
@@ -424,6 +430,12 @@ async fn requests_in_progress_are_answered_before_it_stops() {
             break;
         }
     }
+    // Operators' tools see it until the end.
+    let readyz = format!("http://127.0.0.1:{operators}/readyz");
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let ready: serde_json::Value = client.get(readyz).send().await.unwrap().json().await.unwrap();
+    assert_eq!((&ready["ready"], &ready["stopping"]), (&false.into(), &true.into()));
+    drop(client);
     // The lookup fails now, and its client is told so.
     drop((held, silent));
     assert_eq!(asked.await.unwrap().unwrap().status(), 401);
