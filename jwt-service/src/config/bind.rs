@@ -40,6 +40,9 @@ impl FromStr for Bind {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text != text.trim() {
+            return Err(format!("{text:?} has a blank at its beginning or end"));
+        }
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.starts_with('/') {
                 Ok(Self::Unix(path.into()))

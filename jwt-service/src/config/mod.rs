@@ -1,11 +1,12 @@
-//! What an operator may set, as types. Where each setting is read from, and how, is in [`sources`] and
-//! [`load`].
+//! What an operator may set, as types. [`setting`] lists the settings, [`sources`] says where each is read from, and
+//! [`load`] how.
 //!
 //! Every failure says which setting, what was wrong with it, and what to write instead.
 
 mod bind;
 mod load;
 mod print;
+mod setting;
 mod sources;
 
 use std::{
@@ -20,7 +21,8 @@ use url::Url;
 
 pub use self::{
     bind::Bind,
-    sources::{SETTINGS, Setting, Sources},
+    setting::{SETTINGS, Setting},
+    sources::Sources,
 };
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::{load::properties::lists_of_servers, sources::properties::settings_file};

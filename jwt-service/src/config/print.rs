@@ -6,7 +6,8 @@ use url::Url;
 
 use super::{
     load,
-    sources::{Kind, SETTINGS, Setting, Sources},
+    setting::{Kind, SETTINGS, Setting},
+    sources::Sources,
 };
 
 const REDACTED: &str = "[redacted]";

@@ -8,7 +8,11 @@
 
 use std::fmt;
 
-use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{
+    Deserialize,
+    de::{Deserializer, MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
 
 use crate::secret::Secret;
 
@@ -82,14 +86,14 @@ impl Body {
 }
 
 impl OpenIdToken {
-    fn merge(&mut self, node: Node) -> Result<(), NotJson> {
+    fn merge(&mut self, node: Node<'_>) -> Result<(), NotJson> {
         for (name, node) in node.members()? {
             match name.to_ascii_lowercase().as_str() {
-                "access_token" => match node {
-                    Node::String(token) => self.access_token = Secret::new(token),
-                    Node::Null => {}
-                    _ => return Err(NotJson),
-                },
+                "access_token" => {
+                    if let Some(token) = node.read::<String>()? {
+                        self.access_token = Secret::new(token);
+                    }
+                }
                 "matrix_server_name" => node.string_into(&mut self.matrix_server_name)?,
                 "token_type" => node.string_into(&mut String::new())?,
                 "expires_in" => node.integer_into(&mut 0)?,
@@ -101,7 +105,7 @@ impl OpenIdToken {
 }
 
 impl Member {
-    fn merge(&mut self, node: Node) -> Result<(), NotJson> {
+    fn merge(&mut self, node: Node<'_>) -> Result<(), NotJson> {
         for (name, node) in node.members()? {
             match name.to_ascii_lowercase().as_str() {
                 "id" => node.string_into(&mut self.id)?,
@@ -114,99 +118,62 @@ impl Member {
     }
 }
 
-/// A JSON value that keeps the order of members, duplicates included, so that the last one can win.
-enum Node {
-    Null,
-    String(String),
-    Integer(i64),
-    Object(Vec<(String, Self)>),
-    /// A fraction, a number beyond 64 bits, a boolean, an array: nothing that any member takes.
-    Other,
-}
+/// A JSON value as it is written: what type it must have is known only where it is used, and whether a number is an
+/// integer is seen in its text alone (`-0` is one, `-0.0` is none).
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Node<'a>(#[serde(borrow)] &'a RawValue);
 
-impl Node {
+impl<'a> Node<'a> {
     fn members(self) -> Result<Vec<(String, Self)>, NotJson> {
-        match self {
-            Self::Object(members) => Ok(members),
-            Self::Null => Ok(Vec::new()),
-            _ => Err(NotJson),
-        }
+        let members: Option<Members<'a>> = self.read()?;
+        Ok(members.map_or_else(Vec::new, |Members(members)| members))
     }
 
     fn string_into(self, target: &mut String) -> Result<(), NotJson> {
-        match self {
-            Self::String(text) => *target = text,
-            Self::Null => {}
-            _ => return Err(NotJson),
+        if let Some(text) = self.read()? {
+            *target = text;
         }
         Ok(())
     }
 
     fn integer_into(self, target: &mut i64) -> Result<(), NotJson> {
-        match self {
-            Self::Integer(number) => *target = number,
-            Self::Null => {}
-            _ => return Err(NotJson),
+        match self.0.get() {
+            "null" => {}
+            number => *target = number.parse().map_err(|_| NotJson)?,
         }
         Ok(())
     }
-}
 
-impl<'de> Deserialize<'de> for Node {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(NodeVisitor)
+    fn read<T: Deserialize<'a>>(self) -> Result<Option<T>, NotJson> {
+        serde_json::from_str(self.0.get()).map_err(|_| NotJson)
     }
 }
 
-struct NodeVisitor;
+/// An object's members in their order, duplicates included, so that the last one can win.
+struct Members<'a>(Vec<(String, Node<'a>)>);
 
-impl<'de> Visitor<'de> for NodeVisitor {
-    type Value = Node;
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MembersVisitor)
+    }
+}
+
+struct MembersVisitor;
+
+impl<'de> Visitor<'de> for MembersVisitor {
+    type Value = Members<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON value")
+        f.write_str("a JSON object")
     }
 
-    fn visit_unit<E: de::Error>(self) -> Result<Node, E> {
-        Ok(Node::Null)
-    }
-
-    fn visit_bool<E: de::Error>(self, _: bool) -> Result<Node, E> {
-        Ok(Node::Other)
-    }
-
-    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Node, E> {
-        Ok(Node::Integer(number))
-    }
-
-    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Node, E> {
-        Ok(number.try_into().map_or(Node::Other, Node::Integer))
-    }
-
-    fn visit_f64<E: de::Error>(self, number: f64) -> Result<Node, E> {
-        // `-0` is an integer in JSON, and none in Rust.
-        Ok(if number == 0.0 && number.is_sign_negative() { Node::Integer(0) } else { Node::Other })
-    }
-
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Node, E> {
-        Ok(Node::String(text.to_owned()))
-    }
-
-    fn visit_string<E: de::Error>(self, text: String) -> Result<Node, E> {
-        Ok(Node::String(text))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Node, A::Error> {
-        while sequence.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Node::Other)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Node, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
         let mut members = Vec::new();
         while let Some(member) = map.next_entry()? {
             members.push(member);
         }
-        Ok(Node::Object(members))
+        Ok(Members(members))
     }
 }
 
@@ -311,12 +278,18 @@ mod tests {
         assert_eq!(decode(r#"{"delay_timeout":9223372036854775807}"#).unwrap().delay_timeout, i64::MAX);
         assert_eq!(decode(r#"{"delay_timeout":-9223372036854775808}"#).unwrap().delay_timeout, i64::MIN);
         assert_eq!(decode(r#"{"delay_timeout":-0}"#).unwrap().delay_timeout, 0);
+        for no_integer in ["-0.0", "0.0", "-0e0", "0E5", "-1e-400", "1.0", "+1", "01", "-"] {
+            let text = format!("{{\"delay_timeout\":{no_integer}}}");
+            assert_eq!(decode(&text), Err(NotJson), "{text}");
+        }
     }
 
     #[test]
     fn deep_nesting_is_refused_not_followed() {
         let deep = format!("{{\"member\":{}", "[".repeat(60_000));
         assert_eq!(decode(&deep), Err(NotJson));
+        let whole = format!("{deep}{}}}", "]".repeat(60_000));
+        assert_eq!(decode(&whole), Err(NotJson));
     }
 
     proptest! {

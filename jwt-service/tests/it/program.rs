@@ -292,6 +292,11 @@ async fn settings_are_checked_and_printed_without_secrets() {
     assert_eq!(code, Some(1));
     assert!(said.starts_with("jwt-service: --bind: "), "{said}");
 
+    std::fs::write(&path, b"key = 'k'\nsecret = 'hunter2\xff'\n").unwrap();
+    let (code, _, said) = ask(&["--check-config"]).await;
+    assert_eq!(code, Some(1));
+    assert!(said.ends_with("is not TOML: it is not text in UTF-8 (line 2)\n"), "{said}");
+
     std::fs::write(&path, "secrets = \"hunter2\"").unwrap();
     let (code, _, said) = ask(&["--check-config"]).await;
     assert_eq!(code, Some(1));

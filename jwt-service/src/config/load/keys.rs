@@ -36,12 +36,12 @@ fn one(
     half: fn((Secret, Secret)) -> Secret,
 ) -> Result<Option<Secret>, ConfigError> {
     for layer in 0..LAYERS {
-        let (text, found, advice) = if let Some(found) = sources.at(layer, "LIVEKIT_KEY_FILE") {
-            (key_file(&found).map(half)?, found, ONE_LINE)
+        let (text, found, inside, advice) = if let Some(found) = sources.at(layer, "LIVEKIT_KEY_FILE") {
+            (key_file(&found).map(half)?, found.clone(), found.text, ONE_LINE)
         } else if let Some(found) = sources.at(layer, file) {
-            (read(&found)?, found, "what the SFU has into that file")
+            (read(&found)?, found.clone(), found.text, "what the SFU has into that file")
         } else if let Some(found) = sources.at(layer, plain) {
-            (Secret::new(found.text), found, "what the SFU has")
+            (Secret::new(found.text), found, "it", "what the SFU has")
         } else {
             continue;
         };
@@ -51,7 +51,7 @@ fn one(
             return Ok(Some(text));
         }
         let what = if plain == "LIVEKIT_KEY" { "key" } else { "secret" };
-        return Err(found.malformed(format_args!("there is no {what} in it"), advice));
+        return Err(found.malformed(format_args!("there is no {what} in {inside}"), advice));
     }
     Ok(None)
 }
@@ -61,23 +61,37 @@ fn key_file(found: &Found<'_>) -> Result<(Secret, Secret), ConfigError> {
     let text = read(found)?;
     let says = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
     let mut lines = text.expose().lines().filter(says);
-    let line = lines.next().ok_or_else(|| found.malformed("the file is empty", ONE_LINE))?;
+    let wrong = |what| found.malformed(format_args!("{} {what}", found.text), ONE_LINE);
+    let line = lines.next().ok_or_else(|| wrong("is empty"))?;
     if lines.next().is_some() {
-        return Err(found.malformed("the file has more than one line", ONE_LINE));
+        return Err(wrong("has more than one line"));
     }
-    let (key, secret) =
-        line.split_once(':').ok_or_else(|| found.malformed("the file has no colon", ONE_LINE))?;
+    let (key, secret) = line.split_once(':').ok_or_else(|| wrong("has no colon"))?;
     Ok((Secret::new(key), Secret::new(secret)))
 }
 
 /// The whole of a file that a setting names.
 pub(super) fn read(found: &Found<'_>) -> Result<Secret, ConfigError> {
     let path = PathBuf::from(found.text);
-    fs::read_to_string(&path).map(Secret::new).map_err(|source| match source.kind() {
-        io::ErrorKind::InvalidData => found.malformed(
-            format_args!("{} is not text in UTF-8", path.display()),
+    let no_text = |what| {
+        found.malformed(
+            format_args!("{} {what}", path.display()),
             "the path of a text file: is it another file, or in another encoding?",
-        ),
-        _ => ConfigError::Unreadable { place: found.place.clone(), path, source },
-    })
+        )
+    };
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => Secret::new(text),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            return Err(no_text("is not text in UTF-8"));
+        }
+        Err(source) => return Err(ConfigError::Unreadable { place: found.place.clone(), path, source }),
+    };
+    // Both are UTF-8, and neither can be seen in an editor: a key that has one is no key that the SFU knows.
+    if text.expose().contains('\0') {
+        return Err(no_text("is not text: it has bytes that are 0"));
+    }
+    if text.expose().starts_with('\u{feff}') {
+        return Err(no_text("begins with a byte order mark"));
+    }
+    Ok(text)
 }

@@ -28,10 +28,7 @@ pub(super) fn full_access(sources: &Sources, warnings: &mut Vec<Warning>) -> Res
     if names.is_empty() {
         warnings.push(Warning::NobodyHasFullAccess);
     }
-    if names.contains("*") {
-        warnings.push(Warning::WildcardInList);
-    }
-    warnings.extend(no_servers(&found, &names));
+    warn(&found, &names, Warning::WildcardInList, warnings);
     Ok(FullAccess::Only(names))
 }
 
@@ -42,10 +39,7 @@ pub(super) fn allowed(sources: &Sources, warnings: &mut Vec<Warning>) -> Option<
     if is_wildcard(found.text) {
         return None;
     }
-    if names.contains("*") {
-        warnings.push(Warning::WildcardInAllowed);
-    }
-    warnings.extend(no_servers(&found, &names));
+    warn(&found, &names, Warning::WildcardInAllowed, warnings);
     Some(names)
 }
 
@@ -53,11 +47,16 @@ pub(super) fn allowed(sources: &Sources, warnings: &mut Vec<Warning>) -> Option<
 pub(super) fn private(sources: &Sources, warnings: &mut Vec<Warning>) -> BTreeSet<String> {
     let Some(found) = sources.find("LIVEKIT_PRIVATE_HOMESERVERS") else { return BTreeSet::new() };
     let names = names(found.text);
-    if names.contains("*") {
-        warnings.push(Warning::WildcardInPrivate);
-    }
-    warnings.extend(no_servers(&found, &names));
+    warn(&found, &names, Warning::WildcardInPrivate, warnings);
     names
+}
+
+/// What in a list has no effect; `star` says it of a star.
+fn warn(found: &Found<'_>, names: &BTreeSet<String>, star: Warning, warnings: &mut Vec<Warning>) {
+    if names.contains("*") {
+        warnings.push(star);
+    }
+    warnings.extend(no_servers(found, names.iter().filter(|name| *name != "*")));
 }
 
 /// What in a list can be no server's name: a slip, and yet no reason not to start.
@@ -66,7 +65,7 @@ fn no_servers<'a>(
     names: impl IntoIterator<Item = &'a String>,
 ) -> impl Iterator<Item = Warning> {
     let place = found.place.clone();
-    let wrong = names.into_iter().filter(|name| *name != "*" && name.parse::<ServerName>().is_err());
+    let wrong = names.into_iter().filter(|name| name.parse::<ServerName>().is_err());
     wrong.map(move |name| Warning::NoServer { place: place.clone(), name: name.clone() })
 }
 

@@ -138,9 +138,11 @@ fn what_can_be_no_servers_name_is_warned_of() {
         let good = config(&[(variable, "A.org,a.org:8448,[::1]:1,10.0.0.1")]).unwrap().warnings;
         assert_eq!(good, [Warning::NothingPersisted], "{variable}");
     }
-    let name = ("LIVEKIT_CS_API_URL_OVERRIDES", "https://a.org=https://b.org");
-    let expected = Warning::NoServer { place: name.0.to_owned(), name: "https://a.org".to_owned() };
-    assert!(config(&[name]).unwrap().warnings.contains(&expected));
+    for wrong in ["https://a.org", "*"] {
+        let overrides = ("LIVEKIT_CS_API_URL_OVERRIDES", &*format!("{wrong}=https://b.org"));
+        let expected = Warning::NoServer { place: overrides.0.to_owned(), name: wrong.to_owned() };
+        assert!(config(&[overrides]).unwrap().warnings.contains(&expected), "{wrong}");
+    }
     let star = config(&[("LIVEKIT_PRIVATE_HOMESERVERS", "*")]).unwrap().warnings;
     assert!(star.contains(&Warning::WildcardInPrivate));
 }
@@ -209,9 +211,11 @@ fn listen_addresses_have_go_syntax() {
         ("host", "has no colon before the port"),
         (":", "is not a port"),
         (":x", "is not a port"),
-        (":8080 ", "is not a port"),
+        (":8080 ", "has a blank at its beginning or end"),
+        ("unix:/run/jwt\n", "has a blank at its beginning or end"),
         (":65536", "is not a port"),
-        (" :8080", "is no host"),
+        (" :8080", "has a blank at its beginning or end"),
+        ("a b:8080", "is no host"),
         ("a/b:8080", "is no host"),
         ("::1:80", "is IPv6 without brackets"),
         ("[::1:80", "lacks a closing bracket"),
@@ -272,10 +276,16 @@ fn keys_come_from_files_too() {
 
 #[test]
 fn bad_key_files_are_refused_without_quoting_them() {
-    for content in ["", "hunter2", "a: hunter2\nb: hunter2\n"] {
+    for (content, what) in [
+        ("", "is empty"),
+        (" \r\n\t\n", "is empty"),
+        ("hunter2", "has no colon"),
+        ("a: hunter2\nb: hunter2\n", "has more than one line"),
+    ] {
         let bad = file(content);
-        let text = refused(&[("LIVEKIT_KEY_FILE", bad.path().to_str().unwrap())]);
-        assert!(text.starts_with("LIVEKIT_KEY_FILE: the file "), "{text}");
+        let path = bad.path().to_str().unwrap();
+        let text = refused(&[("LIVEKIT_KEY_FILE", path)]);
+        assert!(text.starts_with(&format!("LIVEKIT_KEY_FILE: {path} {what}; write ")), "{text}");
     }
     for (variable, content, what) in [
         ("LIVEKIT_KEY_FILE", ": hunter2", "key"),
@@ -284,19 +294,25 @@ fn bad_key_files_are_refused_without_quoting_them() {
         ("LIVEKIT_SECRET_FROM_FILE", " \r\n", "secret"),
     ] {
         let bad = file(content);
-        let text = refused(&[(variable, bad.path().to_str().unwrap())]);
-        assert!(text.starts_with(&format!("{variable}: there is no {what} in it; write ")), "{text}");
+        let path = bad.path().to_str().unwrap();
+        let text = refused(&[(variable, path)]);
+        assert!(text.starts_with(&format!("{variable}: there is no {what} in {path}; write ")), "{text}");
         // The setting that it goes before does not take its place.
         assert!(refused(&[("LIVEKIT_KEY", " "), ("LIVEKIT_SECRET", " ")]).starts_with("LIVEKIT_KEY: "));
     }
-    let mut binary = tempfile::NamedTempFile::new().unwrap();
-    binary.write_all(b"hunter2\xff").unwrap();
-    for variable in ["LIVEKIT_KEY_FILE", "LIVEKIT_KEY_FROM_FILE", "LIVEKIT_SECRET_FROM_FILE"] {
-        let text = refused(&[(variable, binary.path().to_str().unwrap())]);
-        assert!(
-            text.starts_with(&format!("{variable}: ")) && text.contains("is not text in UTF-8"),
-            "{text}"
-        );
+    for (content, what) in [
+        (&b"key: hunter2\xff"[..], "is not text in UTF-8"),
+        // As some editors write it: in UTF-16, or with a mark of the encoding.
+        (b"k\0:\0h\0u\0n\0t\0e\0r\x002\0", "is not text: it has bytes that are 0"),
+        (b"\xef\xbb\xbfkey: hunter2", "begins with a byte order mark"),
+    ] {
+        let mut other = tempfile::NamedTempFile::new().unwrap();
+        other.write_all(content).unwrap();
+        let path = other.path().to_str().unwrap();
+        for variable in ["LIVEKIT_KEY_FILE", "LIVEKIT_KEY_FROM_FILE", "LIVEKIT_SECRET_FROM_FILE"] {
+            let text = refused(&[(variable, path)]);
+            assert!(text.starts_with(&format!("{variable}: {path} {what}; write ")), "{text}");
+        }
     }
     for name in ["LIVEKIT_KEY_FILE", "LIVEKIT_KEY_FROM_FILE", "LIVEKIT_SECRET_FROM_FILE"] {
         let text = refused(&[(name, "/nonexistent/file")]);

@@ -68,10 +68,18 @@ fn job(body: &Body, known: &[&str]) {
     }
 }
 
-/// The same by way of `Value`; `None` if the names of two members differ in nothing but case.
+/// The same by way of `Value`; `None` if the names of two members differ in nothing but case, or if a number may be
+/// `-0` or `-0.0`, which are one `Value`.
 fn read(value: Value, known: &[&str]) -> Option<Result<Body, NotJson>> {
     let mut top = lower_case(value)?;
     let (token, member) = (take(&mut top, "openid_token")?, take(&mut top, "member")?);
+    let numbers = [(&top, "delay_timeout"), (&token, "expires_in")];
+    if numbers
+        .iter()
+        .any(|(object, name)| object.as_ref().is_ok_and(|object| is_minus_zero(object.get(*name))))
+    {
+        return None;
+    }
     Some((|| {
         let (top, token, member) = (top?, token?, member?);
         if !top.keys().all(|name| known.contains(&name.as_str())) {
@@ -134,4 +142,8 @@ fn integer(object: &Map<String, Value>, name: &str) -> Result<i64, NotJson> {
         None | Some(Value::Null) => Ok(0),
         Some(value) => value.as_i64().ok_or(NotJson),
     }
+}
+
+fn is_minus_zero(value: Option<&Value>) -> bool {
+    value.and_then(Value::as_f64).is_some_and(|number| number == 0.0 && number.is_sign_negative())
 }
