@@ -28,6 +28,7 @@ mod real_homeservers_vouch;
 mod redirected_delayed_events;
 mod redis_comes_and_goes_under_load;
 mod refusals;
+mod refused_webhooks;
 mod replicas;
 mod request_ids;
 mod requirements;
