@@ -17,7 +17,7 @@ use super::{
     error::Refusal,
     get_token::check,
     intake,
-    json::{Body, GET_TOKEN},
+    json::GET_TOKEN,
     other_than_post,
 };
 use crate::{
@@ -41,10 +41,7 @@ pub(super) async fn delegate_delayed_leave(State(service): State<Arc<Inner>>, re
 }
 
 async fn answer(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Refusal> {
-    let _place = service.place()?;
-    let bytes = intake::read(request, &service.settings.limits).await?;
-    let body = Body::decode(&bytes, GET_TOKEN).map_err(|_| Refusal::NotJson)?;
-    drop(bytes);
+    let (_place, body) = intake::take(service, request, GET_TOKEN).await?;
     check(&body)?;
     if body.delay_id.is_empty() || body.delay_timeout <= 0 {
         return Err(Refusal::DelayIncomplete);

@@ -29,10 +29,7 @@ pub(super) async fn get_token(State(service): State<Arc<Inner>>, request: Reques
 }
 
 async fn answer(service: &Inner, request: Request) -> Result<Admission<'_>, Refusal> {
-    let _place = service.place()?;
-    let bytes = intake::read(request, &service.settings.limits).await?;
-    let body = Body::decode(&bytes, GET_TOKEN).map_err(|_| Refusal::NotJson)?;
-    drop(bytes);
+    let (_place, body) = intake::take(service, request, GET_TOKEN).await?;
     check(&body)?;
     check_delay(&body)?;
     let (user, key) = service.member(&body).await?;

@@ -12,7 +12,7 @@ use super::{
     admit::{Admission, check_delay, check_token},
     error::Refusal,
     intake,
-    json::{Body, SFU_GET},
+    json::SFU_GET,
     other_than_post,
 };
 use crate::{
@@ -28,10 +28,7 @@ pub(super) async fn sfu_get(State(service): State<Arc<Inner>>, request: Request)
 }
 
 async fn answer(service: &Inner, request: Request) -> Result<Admission<'_>, Refusal> {
-    let _place = service.place()?;
-    let bytes = intake::read(request, &service.settings.limits).await?;
-    let body = Body::decode(&bytes, SFU_GET).map_err(|_| Refusal::NotJson)?;
-    drop(bytes);
+    let (_place, body) = intake::take(service, request, SFU_GET).await?;
     if body.room.is_empty() {
         return Err(Refusal::MissingParameter("room is needed"));
     }
