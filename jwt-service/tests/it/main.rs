@@ -7,6 +7,7 @@ mod child;
 mod support;
 
 mod a_killed_client_leaves_the_call;
+mod a_replica_stops;
 mod admission;
 mod browsers;
 mod dead_paths;
@@ -32,6 +33,9 @@ mod refused_webhooks;
 mod replicas;
 mod request_ids;
 mod requirements;
+mod reset_connections;
+mod restoring_late;
 mod sfu_calls;
+mod stars_in_lists;
 mod strangers_addresses;
 mod without_root_certificates;
