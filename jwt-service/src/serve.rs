@@ -1,6 +1,8 @@
 //! Listening: dual-stack and Unix sockets, TLS, bounds on slow and on many clients, an orderly end.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
+mod unread;
+
 use std::{
     fmt,
     future::Future,
@@ -13,12 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{Router, body::Body, extract::ConnectInfo, http::Request};
-use hyper::{body::Incoming, server::conn::http1};
+use axum::{Router, extract::ConnectInfo, http::Request};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::{GracefulShutdown, Watcher},
-    service::TowerToHyperService,
 };
 use rustls::{
     ServerConfig,
@@ -30,7 +31,6 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_rustls::TlsAcceptor;
-use tower::ServiceExt as _;
 
 use crate::{
     config::{Bind, TlsFiles, TrustedProxies},
@@ -391,15 +391,15 @@ impl Connection {
         // Not hyper-util's `auto`: it waits for the first bytes of a connection without limit.
         let mut server = http1::Builder::new();
         server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
-        let router = self.router.map_request(move |request: Request<Incoming>| {
-            let mut request = request.map(Body::new);
+        let router = self.router;
+        let service = service_fn(move |mut request: Request<Incoming>| {
             match peer {
                 Some(peer) => request.extensions_mut().insert(ConnectInfo(peer)).is_some(),
                 None => request.extensions_mut().insert(LocalPeer).is_some(),
             };
-            request
+            unread::answer(router.clone(), request)
         });
-        let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        let connection = server.serve_connection(TokioIo::new(stream), service);
         if let Err(error) = self.watcher.watch(connection).await {
             tracing::debug!(%error, "connection ended early");
         }

@@ -16,6 +16,7 @@ use super::{
     admit::{find_client_api, job_params},
     error::Refusal,
     get_token::check,
+    intake,
     json::GET_TOKEN,
     other_than_post,
 };
@@ -40,7 +41,7 @@ pub(super) async fn delegate_delayed_leave(State(service): State<Arc<Inner>>, re
 }
 
 async fn answer(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Refusal> {
-    let (_place, body) = service.take(request, GET_TOKEN).await?;
+    let (_place, body) = intake::take(service, request, GET_TOKEN).await?;
     check(&body)?;
     if body.delay_id.is_empty() || body.delay_timeout <= 0 {
         return Err(Refusal::DelayIncomplete);

@@ -28,7 +28,7 @@ pub(super) async fn get_token(State(service): State<Arc<Inner>>, request: Reques
 }
 
 async fn answer(service: &Inner, request: Request) -> Result<Admission<'_>, Refusal> {
-    let (_place, body) = service.take(request, GET_TOKEN).await?;
+    let (_place, body) = intake::take(service, request, GET_TOKEN).await?;
     check(&body)?;
     check_delay(&body)?;
     let (user, key) = service.member(&body).await?;

@@ -1,25 +1,26 @@
-//! Reading a request body within bounds of size and time.
+//! Reading a request within bounds of number, size and time.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use axum::{body::HttpBody as _, extract::Request};
 use bytes::Bytes;
 use tokio::sync::SemaphorePermit;
 
+use tokio::sync::SemaphorePermit;
+
 use super::{error::Refusal, json::Body};
 use crate::{Inner, config::Limits};
 
-impl Inner {
-    /// What a token request says, and its place among those in progress. `members` are what it may have at the top.
-    pub(super) async fn take(
-        &self,
-        request: Request,
-        members: &[&str],
-    ) -> Result<(SemaphorePermit<'_>, Body), Refusal> {
-        let place = self.place()?;
-        let bytes = read(request, &self.settings.limits).await?;
-        let body = Body::decode(&bytes, members).map_err(|_| Refusal::NotJson)?;
-        Ok((place, body))
-    }
+/// The decoded body of a client's request, which may have the members in `known`, and its place among the requests
+/// in flight, to be held until it is answered.
+pub(super) async fn take<'a>(
+    service: &'a Inner,
+    request: Request,
+    known: &[&str],
+) -> Result<(SemaphorePermit<'a>, Body), Refusal> {
+    let place = service.place()?;
+    let bytes = read(request, &service.settings.limits).await?;
+    let body = Body::decode(&bytes, known).map_err(|_| Refusal::NotJson)?;
+    Ok((place, body))
 }
 
 /// The whole body of `request`, or why it is not accepted.

@@ -11,6 +11,7 @@ use axum::{
 use super::{
     admit::{Admission, check_delay, check_token},
     error::Refusal,
+    intake,
     json::SFU_GET,
     other_than_post,
 };
@@ -27,7 +28,7 @@ pub(super) async fn sfu_get(State(service): State<Arc<Inner>>, request: Request)
 }
 
 async fn answer(service: &Inner, request: Request) -> Result<Admission<'_>, Refusal> {
-    let (_place, body) = service.take(request, SFU_GET).await?;
+    let (_place, body) = intake::take(service, request, SFU_GET).await?;
     if body.room.is_empty() {
         return Err(Refusal::MissingParameter("room is needed"));
     }

@@ -34,7 +34,7 @@ use crate::{
 const MAX_BODY: usize = 1024 * 1024;
 /// How far the SFU's clock may be off, in seconds.
 const LEEWAY: u64 = 60;
-/// How many deliveries are remembered against replays. Beyond it the oldest are forgotten, whose tokens have
+/// How many webhooks are remembered against replays. Beyond it the oldest are forgotten, whose tokens have
 /// mostly expired by then.
 const MAX_REPLAYS: usize = 16 * 1024;
 
@@ -47,43 +47,22 @@ pub(super) async fn sfu_webhook(State(service): State<Arc<Inner>>, request: Requ
     }
     match receive(&service, delegation, request).await {
         Ok(()) => StatusCode::OK.into_response(),
-        Err(Unwelcome::NotBelieved(fault)) => {
-            tracing::warn!(cause = %fault, "webhook refused");
-            Refusal::WebhookUnauthorized.into_response()
-        }
-        Err(Unwelcome::Refused(refusal)) => {
-            tracing::warn!(cause = refusal.label(), "webhook refused");
+        Err(fault) => {
+            let refusal = Refusal::from(fault);
+            tracing::warn!(refusal = refusal.label(), cause = %fault, "webhook refused");
             refusal.into_response()
         }
     }
 }
 
-/// Why a webhook has no effect.
-enum Unwelcome {
-    NotBelieved(Fault),
-    Refused(Refusal),
-}
-
-impl From<Fault> for Unwelcome {
-    fn from(fault: Fault) -> Self {
-        Self::NotBelieved(fault)
-    }
-}
-
-impl From<Refusal> for Unwelcome {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
-    }
-}
-
-async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Unwelcome> {
+async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> Result<(), Fault> {
     let token = token(request.headers()).ok_or(Fault::NoToken)?;
     let limits = Limits { body: MAX_BODY, ..service.settings.limits.clone() };
-    let body = intake::read(request, &limits).await?;
+    let body = intake::read(request, &limits).await.map_err(Fault::Body)?;
     let digest: [u8; 32] = Sha256::digest(&body).into();
     let settings = &service.settings;
     let expiry = verify(token.expose(), &settings.key, &settings.secret, &digest)?;
-    let event = event(&body).ok_or(Refusal::WebhookMalformed)?;
+    let event = event(&body).ok_or(Fault::NoEvent)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let Some((key, input)) = event else { return Ok(()) };
     // A repetition brings the same token, and the token is about the body. The same body with another token is
@@ -97,7 +76,7 @@ async fn receive(service: &Inner, delegation: &Delegation, request: Request) -> 
         Ok(())
     } else {
         service.replays.forget(&delivery);
-        Err(Refusal::ShuttingDown.into())
+        Err(Fault::ShuttingDown)
     }
 }
 
@@ -112,7 +91,7 @@ fn token(headers: &HeaderMap) -> Option<Secret> {
     Some(Secret::new(bare.trim()))
 }
 
-/// Why a webhook is not believed, for the log.
+/// Why a webhook is refused, for the log: its sender is told less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 enum Fault {
     #[error("it has no token in its Authorization header")]
@@ -127,6 +106,28 @@ enum Fault {
     AnotherBody,
     #[error("its token is no LiveKit token: HS256, with iss, exp and sha256")]
     Malformed,
+    #[error("its body was not taken: {}", .0.label())]
+    Body(Refusal),
+    #[error("its body is no webhook of LiveKit's: an event with the names of room and participant")]
+    NoEvent,
+    #[error("this process is shutting down; LiveKit repeats it")]
+    ShuttingDown,
+}
+
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::NoToken
+            | Fault::AnotherKey
+            | Fault::AnotherSecret
+            | Fault::AnotherTime
+            | Fault::AnotherBody
+            | Fault::Malformed => Self::WebhookUnauthorized,
+            Fault::Body(refusal) => refusal,
+            Fault::NoEvent => Self::WebhookMalformed,
+            Fault::ShuttingDown => Self::ShuttingDown,
+        }
+    }
 }
 
 /// When the token expires, if it is ours, good at this time, and about a body with this digest.

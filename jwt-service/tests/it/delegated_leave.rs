@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use axum::{
     Router,
     body::Body,
-    http::{Method, Request, StatusCode, header},
+    http::{HeaderValue, Method, Request, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -603,24 +603,28 @@ async fn a_webhook_played_back_has_no_effect() {
         "participant": {"identity": identity.as_str(), "disconnectReason": "CLIENT_INITIATED"},
     })
     .to_string();
-    let token = signed(&left, "devsecret", 60, "").headers()[header::AUTHORIZATION].clone();
-    let delivery = || {
-        let request = Request::post("/sfu_webhook").header(header::AUTHORIZATION, &token);
-        request.body(Body::from(left.clone())).unwrap()
+    let [first, second] = [60, 61].map(|seconds| {
+        let request = signed(&left, "devsecret", seconds, "");
+        request.headers()[header::AUTHORIZATION].clone()
+    });
+    let deliver = async |token: &HeaderValue| {
+        let request = Request::post("/sfu_webhook").header(header::AUTHORIZATION, token);
+        world.request(request.body(Body::from(left.clone())).unwrap()).await.0
     };
-    assert_eq!(world.request(delivery()).await.0, 200);
+    assert_eq!(deliver(&first).await, 200);
     world.stored(0).await;
     world.delegate("syd_2", 60_000).await;
     world.webhook("participant_joined", "").await;
     world.called(2).await;
-    assert_eq!(world.request(delivery()).await.0, 200);
+    assert_eq!(deliver(&first).await, 200);
     assert_eq!(world.shelf.ids(), ["syd_2"]);
     let stats = world.service.delegation_stats().unwrap();
     assert_eq!((stats.connected, stats.leaving), (1, 0));
-    // The same words with a token of their own are news: she has left again.
-    assert_eq!(world.request(signed(&left, "devsecret", 50, "")).await.0, 200);
+
+    // Not every SFU gives its events ids and times: with a token of its own it has happened again.
+    assert_eq!(deliver(&second).await, 200);
     world.stored(0).await;
-    assert_eq!(world.calls().last().unwrap(), "syd_2/send");
+    assert_eq!(world.calls(), ["syd_1/send", "syd_2/restart", "syd_2/send"]);
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ use crate::{
 /// The service, the SFU and the homeserver, as the files have them.
 const SERVICE: &str = "127.0.0.1:8080";
 const SFU: &str = "127.0.0.1:7880";
+const HOMESERVER: &str = "127.0.0.1:8008";
 const FEDERATION: &str = "/_matrix/federation/v1/rtc/livekit/get_token";
 
 fn deployed(name: &str) -> String {
@@ -71,15 +72,17 @@ impl Proxy {
         Self::start("nginx", command, clients, homeserver, folder).await
     }
 
-    async fn caddy(service: &str, sfu: &str) -> Self {
+    async fn caddy(service: &str, sfu: &str, behind: &str) -> Self {
         let (clients, homeserver) = (ports::free().unwrap(), ports::free().unwrap());
         let folder = tempfile::tempdir().unwrap();
         let mut sites = replaced(&replaced(&deployed("Caddyfile"), SERVICE, service), SFU, sfu);
+        sites = replaced(&sites, HOMESERVER, behind);
+        // Told apart by their ports alone: a site with a name takes requests for that name and no others.
         sites = replaced(&sites, "https://matrix-rtc.example.com", &format!("http://:{clients}"));
         sites = replaced(&sites, "https://matrix.example.com", &format!("http://:{homeserver}"));
+        let global = "admin off\n\tauto_https off\n\tdefault_bind 127.0.0.1";
         let file = folder.path().join("Caddyfile");
-        fs::write(&file, format!("{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{sites}"))
-            .unwrap();
+        fs::write(&file, format!("{{\n\t{global}\n}}\n{sites}")).unwrap();
         let mut command = Command::new(Peer::Caddy.find().unwrap());
         command.args(["run", "--adapter", "caddyfile", "--config"]).arg(file);
         for variable in ["HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"] {
@@ -259,12 +262,20 @@ async fn a_call_is_reached_through_caddy() {
     require!(Peer::Caddy);
     let service = strict_service().await;
     let (sfu, mut seen) = recorder(SWITCHES).await;
-    let proxy = Proxy::caddy(&service.address(), &sfu).await;
+    let (homeserver, mut others) = recorder(EMPTY).await;
+    let proxy = Proxy::caddy(&service.address(), &sfu, &homeserver).await;
     clients_reach_the_service_under_their_own_addresses(&proxy).await;
     web_sockets_reach_the_sfu(&proxy, &mut seen).await;
     let (service, mut seen) = recorder(EMPTY).await;
-    let proxy = Proxy::caddy(&service, &sfu).await;
+    let proxy = Proxy::caddy(&service, &sfu, &homeserver).await;
     signed_requests_arrive_as_they_were_sent(&proxy, &mut seen).await;
+    // Everything else is the homeserver's.
+    let path = "/_matrix/federation/v1/version";
+    let answer = client("127.0.0.1").get(format!("http://127.0.0.1:{}{path}", proxy.homeserver));
+    assert_eq!(answer.send().await.unwrap().status(), 200);
+    let head = timeout(DEADLINE, others.recv()).await.unwrap().unwrap();
+    assert!(head.starts_with(&format!("GET {path} HTTP/1.")), "{head}");
+    assert!(seen.is_empty(), "the service does not see it");
 }
 
 /// The values that the unit sets, with its state in `folder` and its credentials there too.

@@ -17,7 +17,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::support::{Client, FakeSfu, Homeserver, get_token, settings, sfu_get};
+use crate::support::{Client, DEADLINE, FakeSfu, Homeserver, get_token, settings, sfu_get};
 
 #[tokio::test]
 async fn bodies_beyond_the_limit_are_too_large() {
@@ -38,6 +38,48 @@ async fn a_body_that_does_not_arrive_is_not_waited_for() {
     let client = Client::new(settings());
     let reply = client.send(Method::POST, "/get_token", Body::new(Stalled)).await;
     assert_eq!(reply.refusal(), (408, "M_UNKNOWN".into()));
+}
+
+#[tokio::test]
+async fn a_whole_object_in_an_unfinished_body_is_not_acted_on() {
+    let homeserver = Homeserver::with_users(&[("good", "alice")]).await;
+    let mut hasty = settings();
+    hasty.limits.body_time = Duration::from_millis(100);
+    let service = Service::new(hasty, Arc::new(FakeSfu::default())).unwrap();
+    let listener = listen(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(serve(listener, service.router(), std::future::pending()));
+    for (path, body) in [
+        ("/get_token", get_token(&homeserver.name(), "good", "alice")),
+        ("/sfu/get", sfu_get(&homeserver.name(), "good")),
+    ] {
+        let body = body.to_string();
+        for (missing, ends, expected) in [
+            (0, false, "HTTP/1.1 200"),
+            // The object is there, and the rest never comes: neither the bytes nor the end of the connection ...
+            (1, false, "HTTP/1.1 408"),
+            // ... or the client says that it has no more.
+            (1, true, "HTTP/1.1 400"),
+        ] {
+            let lookups = homeserver.lookups();
+            let length = body.len() + missing;
+            let request = format!(
+                "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+            );
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            if ends {
+                stream.shutdown().await.unwrap();
+            }
+            let mut answer = String::new();
+            let read = tokio::time::timeout(DEADLINE, stream.read_to_string(&mut answer)).await;
+            read.expect("answered in time").unwrap();
+            assert!(answer.starts_with(expected), "{path} {missing} {ends}: {answer:?}");
+            let asked = homeserver.lookups() - lookups;
+            assert_eq!(asked, usize::from(missing == 0), "{path} {missing} {ends}");
+        }
+    }
+    server.abort();
 }
 
 #[tokio::test(start_paused = true)]

@@ -55,13 +55,19 @@ async fn a_unix_socket_serves_and_goes_with_the_service() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_socket_is_left_alone() {
+async fn a_file_in_the_place_of_the_socket_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("precious");
-    fs::write(&path, "data").unwrap();
+    let path = directory.path().join("jwt.sock");
+    fs::write(&path, "somebody's letters").unwrap();
     let bind: Bind = format!("unix:{}", path.display()).parse().unwrap();
-    assert!(listen(&bind).await.is_err());
-    assert_eq!(fs::read_to_string(&path).unwrap(), "data");
+    let refused = listen(&bind).await.unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "somebody's letters");
+    // Nor is one behind a link.
+    let link = directory.path().join("link.sock");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    listen(&format!("unix:{}", link.display()).parse().unwrap()).await.unwrap_err();
+    assert!(link.is_symlink() && path.is_file());
 }
 
 #[tokio::test]
@@ -156,5 +162,79 @@ async fn one_address_holds_so_many_connections_unless_it_is_a_proxy() {
         };
         tokio::time::timeout(DEADLINE, freed).await.expect("in time");
         server.abort();
+    }
+}
+
+/// A connection to `service`, which runs as long as the test.
+async fn connected(service: &Service) -> TcpStream {
+    let listener = listen(&Bind::loopback(0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, service.router(), std::future::pending()));
+    TcpStream::connect(address).await.unwrap()
+}
+
+/// The next answer's head, in lower case. What is left of the connection is at its body.
+async fn answer_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let byte = tokio::time::timeout(DEADLINE, stream.read_u8()).await.expect("in time");
+        head.push(byte.unwrap());
+    }
+    String::from_utf8(head).unwrap().to_ascii_lowercase()
+}
+
+/// A service that has one request for each address.
+fn strict() -> Service {
+    let mut strict = settings();
+    strict.limits.per_address = Some(Rate { per_second: 1, burst: 1 });
+    strict.limits.trusted_proxies = "none".parse().unwrap();
+    Service::new(strict, Arc::new(FakeSfu::default())).unwrap()
+}
+
+#[tokio::test]
+async fn who_is_answered_before_their_body_came_is_told_that_the_connection_ends() {
+    let mut full = settings();
+    full.limits.in_flight = 0;
+    let full = Service::new(full, Arc::new(FakeSfu::default())).unwrap();
+    let limited = strict();
+    let mut first = connected(&limited).await;
+    first.write_all(b"POST /get_token HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}").await.unwrap();
+    assert!(answer_head(&mut first).await.starts_with("http/1.1 400"));
+    let mut hasty = settings();
+    hasty.limits.body_time = Duration::from_millis(50);
+    let hasty = Service::new(hasty, Arc::new(FakeSfu::default())).unwrap();
+    for (service, request, status) in [
+        (&service(), "POST /get_token", "413"),
+        (&limited, "POST /get_token", "429"),
+        (&full, "POST /sfu/get", "429"),
+        (&hasty, "POST /get_token", "408"),
+        (&service(), "POST /nowhere", "404"),
+        (&service(), "PUT /get_token", "405"),
+    ] {
+        let mut stream = connected(service).await;
+        let length = if status == "408" { 100 } else { 10_000_000 };
+        let head = format!("{request} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{{");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let answer = answer_head(&mut stream).await;
+        assert!(answer.starts_with(&format!("http/1.1 {status}")), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+        let mut rest = Vec::new();
+        let end = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut rest)).await;
+        end.expect("the end in time").unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_came_along_with_a_refused_request_leaves_the_connection_open() {
+    let mut stream = connected(&strict()).await;
+    for status in ["400", "429", "429"] {
+        let request = b"POST /get_token HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}";
+        stream.write_all(request).await.unwrap();
+        let answer = answer_head(&mut stream).await;
+        assert!(answer.starts_with(&format!("http/1.1 {status}")), "{answer}");
+        assert!(!answer.contains("\r\nconnection:"), "{answer}");
+        let (_, length) = answer.split_once("\r\ncontent-length: ").unwrap();
+        let length: usize = length.split_once('\r').unwrap().0.parse().unwrap();
+        stream.read_exact(&mut vec![0; length]).await.unwrap();
     }
 }
