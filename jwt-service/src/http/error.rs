@@ -230,11 +230,6 @@ impl Refusal {
         }
     }
 
-    /// Whether it came before the end of the request's body.
-    pub(super) fn leaves_body_unread(self) -> bool {
-        matches!(self, Self::TooLarge | Self::TooSlow | Self::BrokenBody)
-    }
-
     fn retry_after(self) -> Option<HeaderValue> {
         match self {
             Self::TooBusy | Self::TooManyDelays | Self::ShuttingDown => Some(RETRY_AFTER_SECONDS),

@@ -10,6 +10,7 @@ use axum::{
 use super::{
     admit::{Admission, check_delay, check_token},
     error::Refusal,
+    intake,
     json::{Body, GET_TOKEN},
     other_than_post,
 };

@@ -3,7 +3,6 @@
 
 use axum::{body::HttpBody as _, extract::Request};
 use bytes::Bytes;
-use tokio::sync::SemaphorePermit;
 
 use tokio::sync::SemaphorePermit;
 

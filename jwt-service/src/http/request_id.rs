@@ -7,10 +7,7 @@ use std::{sync::Arc, time::Instant};
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{
-        HeaderName, HeaderValue, Version,
-        header::{CONNECTION, CONTENT_LENGTH},
-    },
+    http::{HeaderName, HeaderValue, header::CONTENT_LENGTH},
     middleware::Next,
     response::Response,
 };
@@ -26,7 +23,6 @@ const LONGEST: usize = 64;
 /// Names, counts and times a request.
 pub(super) async fn observe(State(service): State<Arc<Inner>>, request: Request, next: Next) -> Response {
     let began = Instant::now();
-    let version = request.version();
     let _in_flight = service.metrics.request_begins();
     let endpoint = endpoint(request.uri().path());
     let id = Some(&request)
@@ -48,10 +44,6 @@ pub(super) async fn observe(State(service): State<Arc<Inner>>, request: Request,
         // A HEAD or an empty answer has no refusal; what has one has its body from it.
         body = Body::from(refusal.body(Some(&id)));
         parts.headers.remove(CONTENT_LENGTH);
-        if refusal.leaves_body_unread() && version < Version::HTTP_2 {
-            // The connection cannot be used for another request; whoever keeps it must know.
-            parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        }
     }
     let outcome = match refusal {
         Some(refusal) => refusal.label(),

@@ -11,12 +11,10 @@ use std::{
 use antiphon_jwt_service::{Resolve, ResolveError, Service, Settings, SrvRecord};
 use async_trait::async_trait;
 use axum::{
-    body::Body,
-    http::{Request, StatusCode, header},
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde_json::json;
-use tower::ServiceExt as _;
 
 use crate::support::{
     Client, FakeSfu, Homeserver, Names, Reply, Seen, USERINFO, get_token, settings, sfu_get, userinfo,
@@ -229,24 +227,6 @@ async fn a_homeserver_with_nothing_but_userinfo_on_loopback_works() {
     settings.full_access = antiphon_jwt_service::FullAccess::Only([].into());
     Client::new(settings).post("/sfu/get", sfu_get(&hs.name(), "good")).await.claims();
     assert_eq!(trace(&hs), [(USERINFO.to_owned(), hs.name(), None)]);
-}
-
-#[tokio::test]
-async fn a_server_in_trouble_has_not_said_that_there_is_no_document() {
-    for (status, outcome) in [(404, "fetched"), (500, "failed"), (503, "failed"), (429, "failed")] {
-        let hs = homeserver(move |_| StatusCode::from_u16(status).unwrap().into_response()).await;
-        let names = Names::default().address("hs.test", 443, hs.address).address("hs.test", 8448, hs.address);
-        let service =
-            Service::with_resolver(settings(), Arc::new(FakeSfu::default()), Arc::new(names)).unwrap();
-        // For now it is looked for without a document.
-        ask(&Client::of(service.clone())).await.claims();
-        // What failed is asked for again after a minute, what was fetched after an hour or a day.
-        let request = Request::get("/metrics").body(Body::empty()).unwrap();
-        let answer = service.operators_router().oneshot(request).await.unwrap();
-        let metrics = axum::body::to_bytes(answer.into_body(), 1 << 20).await.unwrap();
-        let counted = format!("discovery_total{{outcome=\"{outcome}\"}} 1\n");
-        assert!(String::from_utf8_lossy(&metrics).contains(&counted), "{status}");
-    }
 }
 
 /// A name server that answers every second time.

@@ -250,37 +250,3 @@ impl hyper::body::Body for Stalled {
         std::task::Poll::Pending
     }
 }
-
-#[tokio::test]
-async fn whoever_keeps_the_connection_is_told_that_it_closes() {
-    let mut impatient = settings();
-    impatient.limits.body_time = Duration::from_millis(200);
-    let service = Service::new(impatient, Arc::new(FakeSfu::default())).unwrap();
-    let listener = listen(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let server = tokio::spawn(serve(listener, service.router(), std::future::pending()));
-    let complete = r#"{"room_id":"!r:hs","slot_id":"s"}"#;
-    for (body, length, status, closes) in [
-        ("{}", 2, "400", false),
-        (" ", 65_537, "413", true),
-        // Also if what has come is a whole object.
-        (complete, complete.len() + 1, "408", true),
-    ] {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let head = format!("POST /get_token HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        while !answer.contains("\r\n\r\n") {
-            let mut part = [0; 4096];
-            let read = tokio::time::timeout(crate::support::DEADLINE, stream.read(&mut part))
-                .await
-                .unwrap()
-                .unwrap();
-            assert!(read > 0, "{answer}");
-            answer.push_str(std::str::from_utf8(&part[..read]).unwrap());
-        }
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
-        assert_eq!(answer.to_ascii_lowercase().contains("\r\nconnection: close\r\n"), closes, "{answer}");
-    }
-    server.abort();
-}

@@ -16,6 +16,7 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "redirects_are_not_followed_with_a_token_in_hand",
             "delegation_is_one_hop_then_srv_or_the_default_port",
             "a_homeserver_with_nothing_but_userinfo_on_loopback_works",
+            "another_origin_gets_the_call_without_the_token",
         ],
     ),
     (
@@ -39,6 +40,8 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "a_client_that_never_finishes_its_headers_is_hung_up_on",
             "a_client_that_says_nothing_is_hung_up_on",
             "webhooks_must_be_signed_whole_and_new",
+            "a_whole_object_in_an_unfinished_body_is_not_acted_on",
+            "who_is_answered_before_their_body_came_is_told_that_the_connection_ends",
         ],
     ),
     (
@@ -119,7 +122,11 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
     (
         "W14",
         "discovery that fails ends no job",
-        &["what_was_found_is_used_on_when_discovery_fails", "many_who_look_for_one_homeserver_ask_it_once"],
+        &[
+            "what_was_found_is_used_on_when_discovery_fails",
+            "many_who_look_for_one_homeserver_ask_it_once",
+            "a_document_is_asked_for_again_a_minute_after_trouble",
+        ],
     ),
     (
         "W15",
@@ -160,6 +167,8 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "a_job_whose_event_has_fired_is_cleared_away_at_the_start",
             "entries_that_are_no_job_are_purged_and_the_later_of_two_counts",
             "a_service_that_dies_goes_on_where_it_was",
+            "an_sfu_that_is_down_after_the_services_restart_ends_no_call",
+            "a_leave_that_is_told_after_the_services_restart_is_sent_if_nobody_is_there",
         ],
     ),
     (
@@ -171,12 +180,19 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "a_webhook_at_either_replica_leads_to_one_leave",
             "the_newest_delegation_counts_at_whichever_replica_it_is",
             "four_commands_are_enough",
+            "a_short_delay_outlives_the_replica_that_restarted_it",
+            "the_jobs_of_a_replica_that_stops_are_taken_over_at_once",
+            "two_processes_of_one_name_are_told_so",
         ],
     ),
     (
         "W21",
         "jobs survive without Redis",
-        &["every_acknowledged_change_is_there_after_a_kill", "jobs_are_kept_in_one_place"],
+        &[
+            "every_acknowledged_change_is_there_after_a_kill",
+            "jobs_are_kept_in_one_place",
+            "a_start_on_a_full_disk_keeps_what_is_there_until_there_is_room",
+        ],
     ),
     ("W22", "one miss is none", &["sanity_checks_need_two_misses"]),
     (
@@ -204,7 +220,11 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
     (
         "W26",
         "lookups share connections and discovery",
-        &["lookups_at_one_server_share_a_connection", "a_document_is_remembered_as_long_as_it_allows"],
+        &[
+            "lookups_at_one_server_share_a_connection",
+            "a_document_is_remembered_as_long_as_it_allows",
+            "a_dead_way_to_the_homeserver_costs_seconds_and_no_token",
+        ],
     ),
     (
         "W27",
@@ -212,6 +232,7 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
         &[
             "an_sfu_that_is_down_or_silent_is_an_error_in_bounded_time",
             "only_a_failed_connect_is_tried_again",
+            "a_dead_way_to_the_sfu_costs_seconds_and_no_room",
         ],
     ),
     (
@@ -229,6 +250,8 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "the_health_check_answers_without_a_body",
             "it_is_ready_between_restoring_and_stopping",
             "a_store_that_does_not_answer_is_told",
+            "an_sfu_that_lets_us_in_is_ready_and_others_are_not",
+            "it_is_not_ready_before_its_store_could_be_read",
         ],
     ),
     (
@@ -248,6 +271,8 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "failures_come_in_the_order_of_the_reference",
             "the_health_check_tells_a_running_service_from_none",
             "keys_come_from_files_too",
+            "what_can_be_no_servers_name_is_warned_of",
+            "a_variable_in_another_encoding_is_no_unset_one",
         ],
     ),
     (
