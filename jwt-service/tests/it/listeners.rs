@@ -62,6 +62,19 @@ async fn a_file_in_the_place_of_the_socket_is_left_alone() {
     let bind: Bind = format!("unix:{}", path.display()).parse().unwrap();
     let refused = listen(&bind).await.unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_jwt-service"));
+    program.env_clear().envs([
+        ("LIVEKIT_URL", "ws://127.0.0.1:9"),
+        ("LIVEKIT_KEY", "devkey"),
+        ("LIVEKIT_SECRET", "devsecret"),
+        ("LIVEKIT_FULL_ACCESS_HOMESERVERS", "hs.org"),
+        ("LIVEKIT_JWT_BIND", &bind.to_string()),
+        ("LIVEKIT_LOG_LEVEL", "error"),
+    ]);
+    let ended = program.output().unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("jwt-service: LIVEKIT_JWT_BIND: cannot listen on unix:/"), "{said}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "somebody's letters");
     // Nor is one behind a link.
     let link = directory.path().join("link.sock");

@@ -10,6 +10,7 @@ mod a_killed_client_leaves_the_call;
 mod a_replica_stops;
 mod admission;
 mod browsers;
+mod client_documents;
 mod dead_paths;
 mod delegated_leave;
 mod deployed_files;
