@@ -403,7 +403,7 @@ fn class(error: &LookupError) -> &'static str {
         LookupError::Userinfo(_) => "bad_answer",
         LookupError::Ours => "ours",
         LookupError::Closed(_) | LookupError::Http(_) => "broken_off",
-        LookupError::NoClientApi => "no_client_api",
+        LookupError::NoClientApi | LookupError::WellKnown(_) => "no_client_api",
         LookupError::TooManyRedirects => "too_many_redirects",
     }
 }

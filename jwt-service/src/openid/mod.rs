@@ -308,7 +308,7 @@ impl Clients {
                 StatusCode::OK => {}
                 // A server in trouble has not said that there is no document.
                 status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                    return Err(LookupError::Status(status));
+                    return Err(LookupError::WellKnown(status));
                 }
                 _ => break,
             }
@@ -399,6 +399,8 @@ pub(crate) enum LookupError {
     Http(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the homeserver does not know the token (HTTP {0})")]
     Status(StatusCode),
+    #[error("the server does not say whether it has a .well-known (HTTP {0})")]
+    WellKnown(StatusCode),
     #[error(transparent)]
     Userinfo(#[from] UserinfoError),
     #[error("the homeserver did not answer in time")]

@@ -51,16 +51,20 @@ pub(super) fn homeserver(sources: &Sources) -> Result<Option<HomeserverSide>, Co
     if let Some(found) = as_token {
         let token = Secret::new(read(&found)?.expose().trim());
         if token.is_empty() || !token.expose().bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(
-                found.malformed("the file does not hold a token", "the as_token of the registration into it")
-            );
+            return Err(found.malformed(
+                format_args!("{} does not hold a token", found.text),
+                "the as_token of the registration into it",
+            ));
         }
         side.application_service_token = Some(token);
     }
     if let Some(found) = signing_key {
         let key = read(&found)?.expose().parse();
         side.signing_key = Some(key.map_err(|problem: BadSigningKey| {
-            found.malformed(problem, "the path of the homeserver's signing key, Synapse's signing_key_path")
+            found.malformed(
+                format_args!("{}: {problem}", found.text),
+                "the path of the homeserver's signing key, Synapse's signing_key_path",
+            )
         })?);
     }
     Ok(Some(side))

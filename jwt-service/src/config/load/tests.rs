@@ -87,12 +87,14 @@ fn the_homeservers_side_is_off_until_its_name_and_url_are_set() {
     }
     for content in ["", "two words", "h\u{fc}nter"] {
         let spoilt = file(content);
-        let text = refused(&[NAME, URL, (token.0, spoilt.path().to_str().unwrap())]);
-        assert!(text.starts_with("LIVEKIT_JWT_HOMESERVER_AS_TOKEN_FILE: the file"), "{text}");
+        let path = spoilt.path().to_str().unwrap();
+        let text = refused(&[NAME, URL, (token.0, path)]);
+        assert!(text.starts_with(&format!("{}: {path} does not hold a token", token.0)), "{text}");
     }
     let spoilt = file("ed25519 hunter2");
-    let text = refused(&[NAME, URL, (key.0, spoilt.path().to_str().unwrap())]);
-    assert!(text.starts_with("LIVEKIT_JWT_HOMESERVER_SIGNING_KEY_FILE: the first line is not"), "{text}");
+    let path = spoilt.path().to_str().unwrap();
+    let text = refused(&[NAME, URL, (key.0, path)]);
+    assert!(text.starts_with(&format!("{}: {path}: the first line is not", key.0)), "{text}");
     let text = refused(&[NAME, URL, (key.0, "/nowhere")]);
     assert!(text.contains("cannot be read"), "{text}");
 }
