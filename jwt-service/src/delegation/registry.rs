@@ -24,9 +24,10 @@ use super::{
 /// A lease lasts for a quarter of the delay within these bounds: if its holder dies, another replica must be able to
 /// restart the event before it fires. It is renewed after a third of that.
 const LEASE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(15));
-/// How often replicas look into the store for jobs that are nobody's: as often as the first, and as rarely as the
-/// second, so that each asks for no more of others' leases a second than this.
+/// How often replicas look into the store for jobs that are nobody's, at most and at least: so often that each reads
+/// no more jobs a second than this, and asks for no more of others' leases.
 pub(crate) const SWEEP: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+const JOBS_READ: u32 = 2000;
 const LEASES_ASKED: u32 = 500;
 /// The waits between attempts to write to a store that fails: the first, and the longest.
 const STORE_BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
@@ -266,10 +267,12 @@ impl Entry {
     }
 }
 
-/// When to look into the store again that had `stored` jobs, of which `held` are this replica's.
+/// How long after a look into the store that had `stored` jobs the next one is due; `held` are this replica's.
 pub(crate) fn sweep_after(stored: usize, held: usize) -> Duration {
-    let others = u32::try_from(stored.saturating_sub(held)).unwrap_or(u32::MAX);
-    (Duration::from_secs(1) * others.div_ceil(LEASES_ASKED)).clamp(SWEEP.0, SWEEP.1)
+    let seconds = |jobs: usize, each: u32| u32::try_from(jobs).unwrap_or(u32::MAX).div_ceil(each);
+    let others = stored.saturating_sub(held);
+    let seconds = seconds(stored, JOBS_READ).max(seconds(others, LEASES_ASKED));
+    Duration::from_secs(seconds.into()).clamp(SWEEP.0, SWEEP.1)
 }
 
 /// How long the lease of a job with this delay lasts.

@@ -140,10 +140,11 @@ fn a_lease_is_over_long_before_the_delayed_event_fires() {
 }
 
 #[test]
-fn the_more_jobs_others_have_the_rarer_are_sweeps() {
+fn the_more_jobs_there_are_the_rarer_are_sweeps() {
     let after = |stored, held| sweep_after(stored, held).as_secs();
-    assert_eq!([after(0, 0), after(10_000, 9_500), after(10_000, 9_000), after(5_000, 0)], [1, 1, 2, 10]);
-    assert_eq!([after(1_000_000, 0), after(usize::MAX, 0), after(0, 5)], [15, 15, 1]);
+    assert_eq!([after(0, 0), after(0, 5), after(500, 0), after(2000, 2000)], [1; 4]);
+    assert_eq!([after(501, 0), after(5000, 0), after(2001, 2001), after(10_000, 9000)], [2, 10, 2, 5]);
+    assert_eq!([after(1_000_000, 1_000_000), after(usize::MAX, 0)], [15, 15]);
 }
 
 #[test]
