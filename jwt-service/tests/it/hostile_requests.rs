@@ -33,6 +33,29 @@ async fn bodies_beyond_the_limit_are_too_large() {
     }
 }
 
+#[tokio::test]
+async fn whoever_sends_too_much_has_sent_it_all_when_the_answer_comes() {
+    let service = Service::new(settings(), Arc::new(FakeSfu::default())).unwrap();
+    let listener = listen(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(serve(listener, service.router(), std::future::pending()));
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let body = vec![b' '; 1024 * 1024];
+    let head = format!("POST /get_token HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+    // Twice: the connection is good for more.
+    for _ in 0..2 {
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(&body).await.unwrap();
+        let mut answer = vec![0; 12];
+        tokio::time::timeout(DEADLINE, stream.read_exact(&mut answer)).await.expect("in time").unwrap();
+        assert_eq!(answer, b"HTTP/1.1 413");
+        while !answer.ends_with(b"}\n") {
+            answer.push(tokio::time::timeout(DEADLINE, stream.read_u8()).await.expect("in time").unwrap());
+        }
+    }
+    server.abort();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_body_that_does_not_arrive_is_not_waited_for() {
     let client = Client::new(settings());
