@@ -37,7 +37,8 @@ fn log(bytes: &[u8]) {
 
     // Nothing that stands before it costs a job that is whole, nor brings back one that was removed.
     let Some(job) = jobs.values().next() else { return };
-    let mut more = [bytes, b"\n"].concat();
+    // (What stands after the last line end may be whole but for that: more is written after a compaction only.)
+    let mut more = whole(bytes).to_vec();
     line(&mut more, b'-', wire::field(&job.params.key).as_bytes());
     assert!(!jobs_in(&more).contains_key(&job.params.key));
     put_line(&mut more, job);
@@ -49,11 +50,15 @@ fn jobs_in(log: &[u8]) -> Jobs {
     read(log).map(|(jobs, _)| jobs).unwrap_or_default()
 }
 
+/// All lines that have an end.
+fn whole(log: &[u8]) -> &[u8] {
+    &log[..log.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1)]
+}
+
 /// What the whole lines say. The last one lacks its end.
 fn line_by_line(log: &[u8]) -> Jobs {
     let mut jobs = Jobs::new();
-    let (whole, _) = log.split_at(log.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1));
-    for line in whole.split_inclusive(|b| *b == b'\n').filter_map(|line| line.strip_suffix(b"\n")) {
+    for line in whole(log).split_inclusive(|b| *b == b'\n').filter_map(|line| line.strip_suffix(b"\n")) {
         match parse(line) {
             Some(Change::Put(job)) => drop(jobs.insert(job.params.key.clone(), job)),
             Some(Change::Remove(key)) => drop(jobs.remove(&key)),
