@@ -197,9 +197,10 @@ fn delegated_leave(stats: &Stats) -> String {
     family(
         "jobs_given_up_total",
         "counter",
-        "Delegated leaves over without a send: the homeserver had lost the event, or nobody ever came",
+        "Delegated leaves given up: the homeserver had lost the event, nobody ever came, or it could not be restarted \
+         in time",
         "why",
-        &[("lost", stats.lost), ("aborted", stats.aborted)],
+        &[("lost", stats.lost), ("aborted", stats.aborted), ("not_restarted", stats.not_restarted)],
     );
     family(
         "delayed_event_calls_total",

@@ -27,6 +27,8 @@ use crate::{
 
 /// Time for one delayed-event call, discovery included.
 const CALL_TIME: Duration = Duration::from_secs(5);
+/// The least time before a restart that hangs is given up for another.
+const SHORTEST_TRY: Duration = Duration::from_millis(500);
 /// Time to ask which paths a homeserver has.
 const PROBE_TIME: Duration = Duration::from_secs(10);
 /// How long a base URL is good for, from when on a new one is looked for, and the pause after a failure.
@@ -77,7 +79,7 @@ impl Homeservers {
     /// Makes the homeserver restart or send the delayed event of a job.
     pub(crate) async fn act(&self, params: &JobParams, action: Action) -> Outcome {
         let server = self.server(&params.server);
-        let attempt = async {
+        let attempt = async || {
             let Ok(_place) = server.places.acquire().await else { return Err(LookupError::Ours) };
             let base = self.base(&server, &params.server).await?;
             let stable = server.stable.load(Ordering::Relaxed);
@@ -88,7 +90,13 @@ impl Homeservers {
             }
             Ok(answer)
         };
-        let answer = tokio::time::timeout(CALL_TIME, attempt).await.unwrap_or(Err(LookupError::TimedOut));
+        let hasty = hasty(action, params.delay_timeout);
+        let mut answer = tokio::time::timeout(hasty, attempt()).await;
+        if answer.is_err() && hasty < CALL_TIME {
+            // Slow or hung, who knows: this one has more time, and is made by another connection.
+            answer = tokio::time::timeout(CALL_TIME - hasty, attempt()).await;
+        }
+        let answer = answer.unwrap_or(Err(LookupError::TimedOut));
         match answer {
             Ok(answer) => {
                 let outcome = outcome(&answer, SystemTime::now());
@@ -183,6 +191,15 @@ impl Homeservers {
             }
         }
         servers.entry(key).or_default().clone()
+    }
+}
+
+/// How long a call is waited for before another one is made. If one restart of a short delay hung for as long as a call
+/// may take, the event would fire.
+fn hasty(action: Action, delay: Duration) -> Duration {
+    match action {
+        Action::Restart => (delay / 5).clamp(SHORTEST_TRY, CALL_TIME),
+        Action::Send => CALL_TIME,
     }
 }
 
@@ -339,7 +356,7 @@ fn outcome(answer: &ClientAnswer, now: SystemTime) -> Outcome {
 }
 
 /// How long to wait after a 429: `Retry-After` in seconds or as a date, else `retry_after_ms`.
-fn hint(answer: &ClientAnswer, now: SystemTime) -> Option<Duration> {
+pub(crate) fn hint(answer: &ClientAnswer, now: SystemTime) -> Option<Duration> {
     #[derive(Deserialize)]
     struct Limited {
         retry_after_ms: u64,
@@ -397,6 +414,16 @@ mod tests {
         ] {
             assert_eq!(outcome(&answer(status, None, "{}"), at(0)), expected, "{status}");
         }
+    }
+
+    #[test]
+    fn a_restart_that_hangs_leaves_time_for_another() {
+        for delay in [2000, 4000, 8000, 10_000, 20_000, 3_600_000].map(Duration::from_millis) {
+            let due = crate::delegation::machine::cadence(delay);
+            assert!(due + hasty(Action::Restart, delay) < delay * 9 / 10, "{delay:?}");
+        }
+        assert_eq!(hasty(Action::Restart, Duration::from_millis(100)), SHORTEST_TRY);
+        assert_eq!(hasty(Action::Send, Duration::from_secs(1)), CALL_TIME);
     }
 
     #[test]

@@ -125,6 +125,8 @@ pub(crate) enum Output {
     Look(CallId),
     /// The event was restarted by a call made at this time, this long after it was due: write it down.
     Restarted { sent_at: Instant, late: Duration },
+    /// The event could not be restarted in time: the homeserver has probably sent it by now.
+    NotRestarted,
     /// The event was sent, this long after the participant was known to be gone.
     Sent { late: Duration },
     /// The job is over. Nothing comes after this.
@@ -373,10 +375,11 @@ impl Job {
             }
             State::Connected { sid, .. } => {
                 let other = matches!((gone, sid.as_deref()), (Some(gone), Some(current)) if gone != current);
-                if other {
-                    return;
-                }
                 match why {
+                    // Whoever took that connection over is there by another.
+                    Leave::TakenOver if other => {}
+                    // One that has ended before, or one that we were not told of, and who knows of which one more.
+                    Leave::OnPurpose | Leave::Otherwise if other => self.look_again(now, Purpose::Takeover),
                     Leave::Otherwise if self.was_connected => self.look_again(now, Purpose::Takeover),
                     Leave::OnPurpose | Leave::Otherwise => self.leave(now),
                     Leave::TakenOver => {
@@ -475,6 +478,7 @@ impl Job {
                         let next = attempt.next(now, hint, self.timeout, &mut self.random);
                         if next > self.deadline + grace {
                             let until = now + WATCH_AFTER_FAILURE;
+                            self.outputs.push_back(Output::NotRestarted);
                             if let State::Connected { keeping, .. } = &mut self.state {
                                 *keeping = Keeping::Watching { until };
                             }

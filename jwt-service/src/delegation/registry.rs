@@ -153,6 +153,8 @@ pub struct Stats {
     pub elsewhere: usize,
     /// Writes that the store has not taken yet.
     pub unwritten: usize,
+    /// Those of them that have failed at least once.
+    pub failing: usize,
     /// Restarts that succeeded.
     pub restarts: u64,
     /// Restart attempts that failed.
@@ -165,6 +167,8 @@ pub struct Stats {
     pub lost: u64,
     /// Jobs that ended because the participant never came.
     pub aborted: u64,
+    /// Jobs whose delayed event could not be restarted in time. They go on watching for the leave.
+    pub not_restarted: u64,
     /// Writes that the store failed to do.
     pub store_errors: u64,
     /// How long after they were due restarts succeeded.
@@ -633,6 +637,7 @@ impl Registry {
             }
         }
         stats.unwritten = self.writers.len();
+        stats.failing = self.writers.values().filter(|writer| writer.failures > 0).count();
         stats
     }
 
@@ -691,6 +696,11 @@ impl Registry {
                 Output::Send(call) => self.effects.push_back(Effect::Send { serial, call, params }),
                 Output::Look(call) => self.effects.push_back(Effect::Look { serial, call, params }),
                 Output::Sent { late } => self.stats.send_lateness.count(late),
+                Output::NotRestarted => {
+                    self.stats.not_restarted += 1;
+                    tracing::warn!(room = %params.key.room, server = params.server.as_str(),
+                        "a delayed event could not be restarted in time; the homeserver has probably sent it");
+                }
                 Output::Restarted { sent_at, late } => {
                     self.stats.restart_lateness.count(late);
                     self.stats.restarts += 1;

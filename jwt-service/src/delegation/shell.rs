@@ -52,6 +52,10 @@ const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 const LISTEN_PAUSE_REFUSED: Duration = Duration::from_mins(5);
 /// How often a replica says that it is there.
 const ANNOUNCE_PAUSE: Duration = Duration::from_mins(1);
+/// How soon it says so again to one that has its name: two that answer each other must come to an end.
+const ANSWER_PAUSE: Duration = Duration::from_secs(5);
+/// Between two log lines about a store that is out of order.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(10);
 /// Time to give all leases up at the end.
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
@@ -83,6 +87,16 @@ struct Shared {
     /// Which process says what the others hear: unlike `replica`, never the same twice.
     process: u64,
     tell: mpsc::Sender<(Instant, Told)>,
+    /// When this process last said that it is there.
+    announced: Mutex<Option<Instant>>,
+    complaints: Mutex<Complaints>,
+}
+
+/// About the store: the last one that was logged, and how many since were not.
+#[derive(Default)]
+struct Complaints {
+    last: Option<Instant>,
+    unsaid: u64,
 }
 
 /// A participant that is looked for, and who wants to know.
@@ -125,13 +139,15 @@ impl Delegation {
             store_calls: Semaphore::new(STORE_CALLS),
             process: rand::random(),
             tell,
+            announced: Mutex::default(),
+            complaints: Mutex::default(),
         });
         let mut tasks = vec![tokio::spawn(shared.clone().keep_time()).abort_handle()];
         if shared_store {
             tasks.push(tokio::spawn(shared.clone().sweep()).abort_handle());
             tasks.push(tokio::spawn(shared.clone().tell(told)).abort_handle());
             tasks.push(tokio::spawn(shared.clone().listen()).abort_handle());
-            tasks.push(tokio::spawn(shared.clone().announce()).abort_handle());
+            tasks.push(tokio::spawn(shared.clone().keep_announcing()).abort_handle());
         }
         Self { shared, tasks }
     }
@@ -410,14 +426,27 @@ impl Shared {
         match tokio::time::timeout(STORE_TIME, call).await {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(error)) => {
-                tracing::error!(cause = causes(&error), "store");
+                self.complain(&causes(&error));
                 Err(())
             }
             Err(_) => {
-                tracing::error!(kind = self.store.kind(), "the store did not answer in time");
+                self.complain("it did not answer in time");
                 Err(())
             }
         }
+    }
+
+    /// Logs a failure of the store, and while it is out of order only now and then: every job has its leases and
+    /// writes, and each of them fails.
+    fn complain(&self, cause: &str) {
+        let mut complaints = lock(&self.complaints);
+        if complaints.last.is_some_and(|at| at.elapsed() < COMPLAINT_PAUSE) {
+            complaints.unsaid += 1;
+            return;
+        }
+        let unsaid = std::mem::take(&mut complaints.unsaid);
+        complaints.last = Some(Instant::now());
+        tracing::error!(kind = self.store.kind(), cause, unsaid, "the store failed");
     }
 
     async fn release(&self, key: &JobKey) {
@@ -449,11 +478,15 @@ impl Shared {
             let heard = move |message: &[u8]| match Told::decode(message, shared.process) {
                 Some(Told::Notice(notice)) => shared.with(|registry, now| registry.heard(now, notice)),
                 Some(Told::Stopped) => shared.look.notify_one(),
-                Some(Told::Here { replica }) if replica == shared.replica => tracing::warn!(
-                    replica,
-                    "another process on this Redis has our name, and both act on every job; if it is not about to \
-                         stop, give each a LIVEKIT_JWT_REPLICA of its own"
-                ),
+                Some(Told::Here { replica }) if replica == shared.replica => {
+                    tracing::warn!(
+                        replica,
+                        "another process on this Redis has our name, and both act on every job; if it is not about \
+                         to stop, give each a LIVEKIT_JWT_REPLICA of its own"
+                    );
+                    // It may not know yet.
+                    shared.announce(ANSWER_PAUSE);
+                }
                 Some(Told::Here { .. }) | None => {}
             };
             let pause = match self.store.listen(&heard).await {
@@ -471,11 +504,20 @@ impl Shared {
     }
 
     /// Says who we are, again and again: whoever has the same name hears it.
-    async fn announce(self: Arc<Self>) {
+    async fn keep_announcing(self: Arc<Self>) {
         loop {
+            self.announce(Duration::ZERO);
+            tokio::time::sleep(ANNOUNCE_PAUSE).await;
+        }
+    }
+
+    /// Says who we are, unless that was said less than `pause` ago.
+    fn announce(&self, pause: Duration) {
+        let mut announced = lock(&self.announced);
+        if announced.is_none_or(|at| at.elapsed() >= pause) {
+            *announced = Some(Instant::now());
             let here = Told::Here { replica: self.replica.clone() };
             let _ = self.tell.try_send((Instant::now(), here));
-            tokio::time::sleep(ANNOUNCE_PAUSE).await;
         }
     }
 

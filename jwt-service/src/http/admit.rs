@@ -18,6 +18,9 @@ use crate::{
     openid::{LookupError, ServerName, VerifiedUser},
 };
 
+/// How much of a server name is logged, in bytes (Matrix, §Appendices, Server Name).
+const LONGEST_NAME: usize = 255;
+
 /// What a client needs to enter the SFU.
 #[derive(Serialize)]
 pub(super) struct Admission<'a> {
@@ -51,8 +54,10 @@ impl Inner {
     /// Whom the homeserver says the token belongs to.
     pub(super) async fn verify(&self, token: &OpenIdToken) -> Result<VerifiedUser, Refusal> {
         let server_name = token.matrix_server_name.as_str();
+        // Any text of a stranger's; no server's name is longer.
+        let shown = &server_name[..server_name.floor_char_boundary(LONGEST_NAME)];
         if !self.settings.admits(server_name) {
-            tracing::info!(?server_name, "users of this homeserver are not admitted");
+            tracing::info!(server_name = ?shown, "users of this homeserver are not admitted");
             return Err(Refusal::ServerNotAllowed);
         }
         let mut lookup = self.limiter.lookup(server_name)?;
@@ -69,7 +74,7 @@ impl Inner {
         self.metrics.lookup(&verified, began.elapsed());
         verified.map_err(|error| {
             let cause = causes(&error);
-            tracing::warn!(?server_name, cause, "OpenID token not accepted");
+            tracing::warn!(server_name = ?shown, cause, "OpenID token not accepted");
             Refusal::Unauthorized
         })
     }

@@ -18,7 +18,13 @@ use axum::{
 };
 use tokio::{sync::Mutex, time::Instant};
 
-use crate::{Inner, http::causes, metrics::Metrics, sfu::Sfu, store::Store};
+use crate::{
+    Inner,
+    http::causes,
+    metrics::Metrics,
+    sfu::Sfu,
+    store::{Store, StoreError},
+};
 
 /// How long one check of a part may take.
 const CHECK_TIME: Duration = Duration::from_secs(3);
@@ -57,9 +63,10 @@ impl Readiness {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// One check at a time; those who ask meanwhile get the same answer.
+    /// One check at a time; those who ask meanwhile get the same answer. `failing` is how many writes the store has
+    /// refused and not taken since.
     #[allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
-    async fn check(&self) -> Found {
+    async fn check(&self, failing: usize) -> Found {
         let mut found = self.found.lock().await;
         if let Some((at, found)) = *found
             && at.elapsed() < LIFETIME
@@ -70,7 +77,18 @@ impl Readiness {
         let sfu = works("sfu", before.is_none_or(|found| found.sfu), self.sfu.check());
         let store = async {
             match &self.store {
-                Some(store) => works("store", before.is_none_or(|found| found.store), store.check()).await,
+                Some(store) => {
+                    let check = async {
+                        store.check().await?;
+                        // It may answer and yet take no writes: full, read-only, or another thing by that name.
+                        (failing == 0).then_some(()).ok_or_else(|| StoreError {
+                            kind: store.kind(),
+                            doing: "take writes",
+                            source: format!("{failing} of them have failed and are tried again").into(),
+                        })
+                    };
+                    works("store", before.is_none_or(|found| found.store), check).await
+                }
                 None => true,
             }
         };
@@ -116,7 +134,8 @@ impl fmt::Debug for Readiness {
 
 pub(super) async fn readyz(State(service): State<Arc<Inner>>) -> Response {
     let readiness = &service.readiness;
-    let Found { sfu, store } = readiness.check().await;
+    let failing = service.delegation.as_ref().map_or(0, |delegation| delegation.stats().failing);
+    let Found { sfu, store } = readiness.check(failing).await;
     let restored = readiness.restored.load(Ordering::Relaxed);
     let stopping = readiness.stopping.load(Ordering::Relaxed);
     let ready = sfu && store && restored && !stopping;

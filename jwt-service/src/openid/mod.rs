@@ -156,12 +156,15 @@ impl Verifier {
             }
             None => {
                 let fetched = tokio::time::timeout(WELL_KNOWN_TIME, clients.well_known(name)).await;
-                let outcome = if matches!(fetched, Ok(Ok(_))) { "fetched" } else { "failed" };
-                self.metrics.discovery(outcome);
-                let (delegation, lifetime) = match fetched {
-                    Ok(Ok(found)) => found,
-                    Ok(Err(_)) | Err(_) => (Delegation::None, lifetime(&Delegation::None, false, None)),
+                let soon = lifetime(&Delegation::None, false, None);
+                let (outcome, (delegation, lifetime)) = match fetched {
+                    Ok(Ok(found)) => ("fetched", found),
+                    Ok(Err(_)) | Err(_) => match self.cache().stale(&key) {
+                        Some(before) => ("stale", (before, soon)),
+                        None => ("failed", (Delegation::None, soon)),
+                    },
                 };
+                self.metrics.discovery(outcome);
                 self.cache().remember(key, delegation.clone(), Instant::now(), lifetime);
                 delegation
             }

@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{Resolve, ResolveError, SrvRecord, Verifier};
+use super::{Delegation, Resolve, ResolveError, SrvRecord, Verifier};
 use crate::{
     config::{Settings, TlsPolicy},
     metrics::Metrics,
@@ -84,4 +84,18 @@ async fn a_document_is_asked_for_again_a_minute_after_trouble() {
         assert!(known(before + remembered - Duration::from_millis(1)), "{status}");
         assert!(!known(after + remembered), "{status}");
     }
+}
+
+#[tokio::test]
+async fn in_trouble_a_server_is_where_it_was_before() {
+    let mut settings = Settings::new("ws://localhost", "key", "secret");
+    settings.insecure_skip_verify_tls = TlsPolicy::SkipAll;
+    let resolver = Arc::new(Everything(answering("500").await));
+    let verifier = Verifier::new(&settings, resolver, Metrics::new().unwrap()).unwrap();
+    let before = Delegation::To("m.hs.test:8449".parse().unwrap());
+    let long_ago = Instant::now().checked_sub(Duration::from_secs(2)).unwrap();
+    verifier.cache().remember("hs.test".to_owned(), before.clone(), long_ago, Duration::from_secs(1));
+    assert_eq!(verifier.cache().lookup("hs.test", Instant::now()), None, "it is over");
+    verifier.verify("hs.test", &Secret::new("token")).await.unwrap_err();
+    assert_eq!(verifier.cache().lookup("hs.test", Instant::now()), Some(before));
 }

@@ -82,6 +82,12 @@ impl DelegationCache {
         (now < *until).then(|| delegation.clone())
     }
 
+    /// Where `host` last delegated to, however long ago: better than nothing while its web server is in trouble.
+    pub(crate) fn stale(&self, host: &str) -> Option<Delegation> {
+        let (delegation, _) = self.entries.get(host)?;
+        matches!(delegation, Delegation::To(_)).then(|| delegation.clone())
+    }
+
     /// Remembers `delegation` for `lifetime` from `now`.
     pub(crate) fn remember(
         &mut self,
@@ -161,6 +167,9 @@ mod tests {
         cache.remember("a".into(), to("b"), start, Duration::from_secs(10));
         assert_eq!(cache.lookup("a", start + Duration::from_secs(9)), Some(to("b")));
         assert_eq!(cache.lookup("a", start + Duration::from_secs(10)), None);
+        assert_eq!(cache.stale("a"), Some(to("b")));
+        cache.remember("none".into(), Delegation::None, start, Duration::from_secs(10));
+        assert_eq!((cache.stale("none"), cache.stale("never seen")), (None, None));
         cache.remember("a".into(), to("b"), start, Duration::ZERO);
         assert_eq!(cache.lookup("a", start), None);
     }

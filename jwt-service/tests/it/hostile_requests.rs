@@ -260,7 +260,7 @@ impl<I: Iterator<Item = Bytes> + Unpin> hyper::body::Body for Chunks<I> {
 }
 
 /// A body of which nothing ever comes.
-struct Stalled;
+pub(crate) struct Stalled;
 
 impl hyper::body::Body for Stalled {
     type Data = Bytes;

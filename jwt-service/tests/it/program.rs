@@ -208,6 +208,19 @@ async fn a_deployment_on_loopback_admits_a_user_and_logs_no_secret() {
 }
 
 #[tokio::test]
+async fn a_stranger_cannot_fill_the_log_with_a_name() {
+    let mut running = start(&[]).await;
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let name = "\u{fc}".repeat(10_000);
+    let request = client.post(format!("http://{}/get_token", running.address));
+    let answer = request.json(&get_token(&name, "token", "alice")).send().await.unwrap();
+    assert_eq!(answer.status(), 401);
+    drop(client);
+    let log = stop(&mut running).await;
+    assert!(log.contains("OpenID token not accepted") && log.len() < 4096, "{} bytes", log.len());
+}
+
+#[tokio::test]
 async fn without_the_magic_words_the_certificate_is_checked() {
     let homeserver = Homeserver::with_users(&[("token", "alice")]).await;
     let name = homeserver.name();

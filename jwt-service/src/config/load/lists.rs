@@ -107,6 +107,9 @@ pub(super) fn urls(found: &Found<'_>) -> Result<BTreeMap<String, Url>, ConfigErr
             // URLs may have hosts that requests may not: `https://a}b`.
             .filter(|url| url.as_str().parse::<hyper::Uri>().is_ok())
             .ok_or_else(|| wrong(format_args!("the URL for {name:?} does not begin with https://host")))?;
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(wrong(format_args!("the URL for {name:?} has a user name, which cannot be sent")));
+        }
         Ok((name.to_ascii_lowercase(), url))
     };
     found.text.split(',').map(entry).collect()

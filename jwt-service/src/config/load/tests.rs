@@ -345,6 +345,10 @@ fn overrides_map_names_to_urls() {
         let text = refused(&[("LIVEKIT_CS_API_URL_OVERRIDES", bad)]);
         assert!(text.starts_with("LIVEKIT_CS_API_URL_OVERRIDES: "), "{text}");
     }
+    for bad in ["a=https://u:hunter2@x", "a=https://u@x"] {
+        let text = refused(&[("LIVEKIT_CS_API_URL_OVERRIDES", bad)]);
+        assert!(text.contains("the URL for \"a\" has a user name"), "{text}");
+    }
 }
 
 #[test]

@@ -153,6 +153,9 @@ impl World {
                 Output::Look(call) => self.look = Some(call),
                 Output::Restarted { sent_at, .. } => assert_eq!(Some(sent_at), self.restarted),
                 Output::Sent { .. } => assert!(self.settled, "it was not sent"),
+                Output::NotRestarted => {
+                    assert!(self.restart.is_none(), "given up while it is being restarted")
+                }
                 Output::Ended(end) => {
                     assert_eq!(end == End::Sent, self.settled, "{end:?}");
                     self.end = Some(end);

@@ -22,6 +22,7 @@ enum Seen {
     Restart,
     Send,
     Look,
+    NotRestarted,
     Ended(End),
 }
 
@@ -85,6 +86,7 @@ impl World {
                     self.job.handle(self.now, Input::Looked { call, presence: self.sfu.clone() });
                 }
                 Output::Restarted { late, .. } => self.late.push((Seen::Restart, late)),
+                Output::NotRestarted => self.log.push((at, Seen::NotRestarted)),
                 Output::Sent { late } => self.late.push((Seen::Send, late)),
                 Output::Ended(end) => self.log.push((at, Seen::Ended(end))),
             }
@@ -388,6 +390,34 @@ fn a_leave_during_the_services_restart_is_noticed() {
 }
 
 #[test]
+fn the_leave_of_a_connection_that_was_not_told_of_is_looked_into() {
+    for why in [Leave::OnPurpose, Leave::Otherwise] {
+        // The webhook about its coming was lost, and it has gone.
+        let mut world = World::new(start(60_000));
+        world.joined(Some("PA_1"));
+        world.sfu = Presence::Absent;
+        world.left(Some("PA_2"), why);
+        world.until(1000);
+        assert_eq!(world.times(Seen::Send), [500], "{why:?}");
+
+        // An old connection's, told late.
+        let mut world = World::new(start(60_000));
+        world.joined(Some("PA_2"));
+        world.sfu = Presence::Present { sid: Some("PA_2".into()) };
+        world.left(Some("PA_1"), why);
+        world.until(10_000);
+        assert_eq!(world.calls(), [Seen::Restart], "{why:?}");
+        assert_eq!(world.times(Seen::Look), [0, 0]);
+        world.left(Some("PA_2"), why);
+        assert_eq!(world.times(Seen::Send), [10_000], "{why:?}");
+    }
+    let mut world = World::new(start(60_000));
+    world.joined(Some("PA_2"));
+    world.left(Some("PA_1"), Leave::TakenOver);
+    assert_eq!(world.times(Seen::Look), [0], "an ordinary reconnect costs no call");
+}
+
+#[test]
 fn an_sfu_that_is_down_after_the_services_restart_ends_no_call() {
     let restored = || World::new(Start { was_connected: true, remaining: MS(3000), ..start(8000) });
     let mut world = restored();
@@ -518,7 +548,10 @@ proptest! {
                         flying = Some(call);
                     }
                     Output::Ended(_) => ended = true,
-                    Output::Look(_) | Output::Restarted { .. } | Output::Sent { .. } => {}
+                    Output::Look(_)
+                    | Output::Restarted { .. }
+                    | Output::NotRestarted
+                    | Output::Sent { .. } => {}
                 }
             }
             prop_assert_eq!(ended, job.phase() == Phase::Ended);
