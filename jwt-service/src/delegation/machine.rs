@@ -181,9 +181,21 @@ pub(crate) struct Job {
 
 #[derive(Debug)]
 enum State {
-    Waiting { until: Instant },
-    Connected { sid: Option<String>, keeping: Keeping },
-    Leaving { since: Instant, until: Instant, call: Attempt },
+    Waiting {
+        until: Instant,
+    },
+    Connected {
+        /// The connection that was told of last.
+        sid: Option<String>,
+        /// The one before, until it is told that it has ended: the two may have been told of the wrong way round.
+        rival: Option<String>,
+        keeping: Keeping,
+    },
+    Leaving {
+        since: Instant,
+        until: Instant,
+        call: Attempt,
+    },
     Ended,
 }
 
@@ -229,6 +241,8 @@ enum Purpose {
     Arrival,
     /// A connection has gone: is there another?
     Takeover,
+    /// One of two connections has gone, and it is not certain that it was the newer one.
+    Doubt,
     /// Is it still there?
     Sanity,
 }
@@ -348,7 +362,12 @@ impl Job {
     fn joined(&mut self, now: Instant, new: Option<String>) {
         match &mut self.state {
             State::Waiting { .. } => self.connect(now, new),
-            State::Connected { sid, .. } => {
+            State::Connected { sid, rival, .. } => {
+                if let (Some(old), Some(new)) = (&*sid, &new)
+                    && old != new
+                {
+                    *rival = Some(old.clone());
+                }
                 // A webhook without a connection's id makes the current one unknown: any leave then counts.
                 *sid = new;
                 self.was_connected = false;
@@ -373,7 +392,11 @@ impl Job {
                     Leave::Otherwise => self.end(End::Aborted),
                 }
             }
-            State::Connected { sid, .. } => {
+            State::Connected { sid, rival, .. } => {
+                if gone.is_some() && gone == rival.as_deref() {
+                    *rival = None;
+                    return;
+                }
                 let other = matches!((gone, sid.as_deref()), (Some(gone), Some(current)) if gone != current);
                 match why {
                     // Whoever took that connection over is there by another.
@@ -381,6 +404,9 @@ impl Job {
                     // One that has ended before, or one that we were not told of, and who knows of which one more.
                     Leave::OnPurpose | Leave::Otherwise if other => self.look_again(now, Purpose::Takeover),
                     Leave::Otherwise if self.was_connected => self.look_again(now, Purpose::Takeover),
+                    Leave::OnPurpose | Leave::Otherwise if rival.is_some() => {
+                        self.look_again(now, Purpose::Doubt);
+                    }
                     Leave::OnPurpose | Leave::Otherwise => self.leave(now),
                     Leave::TakenOver => {
                         *sid = None;
@@ -399,9 +425,11 @@ impl Job {
         self.look.at = None;
         match (&mut self.state, presence) {
             (State::Waiting { .. }, Presence::Present { sid }) => self.connect(now, sid),
-            (State::Connected { sid, .. }, Presence::Present { sid: seen }) => {
-                // What a webhook said is newer than a look that set out before it.
-                if sid.is_none() {
+            (State::Connected { sid, rival, .. }, Presence::Present { sid: seen }) => {
+                if self.look.purpose == Purpose::Doubt {
+                    (*sid, *rival) = (seen, None);
+                } else if sid.is_none() {
+                    // What a webhook said is newer than a look that set out before it.
                     *sid = seen;
                 }
                 self.was_connected = false;
@@ -417,18 +445,18 @@ impl Job {
                         }
                     }
                 }
-                Purpose::Arrival | Purpose::Sanity if self.was_connected => {
+                Purpose::Arrival | Purpose::Sanity | Purpose::Doubt if self.was_connected => {
                     if self.missed(now, SECOND_LOOK_RESTORED) {
                         self.leave(now);
                     }
                 }
-                Purpose::Arrival | Purpose::Sanity => self.look_later(now),
+                Purpose::Arrival | Purpose::Sanity | Purpose::Doubt => self.look_later(now),
             },
             (State::Connected { .. }, Presence::Absent) => {
                 let second = match (self.look.purpose, self.sanity) {
                     (Purpose::Sanity, Some(interval)) => interval.min(SECOND_LOOK_SANITY),
                     (Purpose::Arrival, _) => SECOND_LOOK_RESTORED,
-                    (Purpose::Sanity, None) | (Purpose::Takeover, _) => SECOND_LOOK,
+                    (Purpose::Sanity, None) | (Purpose::Takeover | Purpose::Doubt, _) => SECOND_LOOK,
                 };
                 if self.missed(now, second) {
                     self.leave(now);
@@ -436,6 +464,10 @@ impl Job {
             }
             (State::Connected { .. }, Presence::Unknown) if self.look.purpose == Purpose::Sanity => {
                 self.look.at = self.next_sanity(now);
+            }
+            // Nobody contradicts the webhook.
+            (State::Connected { .. }, Presence::Unknown) if self.look.purpose == Purpose::Doubt => {
+                self.leave(now)
             }
             (State::Waiting { .. }, Presence::Unknown) if self.was_connected => {
                 // An SFU that is down must not end the call of who may be in it: keep the event alive meanwhile.
@@ -525,7 +557,7 @@ impl Job {
         // Nobody knows how old the delayed event is: the first restart puts our clock and the homeserver's
         // together, so the time to succeed in is counted from here.
         self.deadline = now + self.timeout;
-        self.state = State::Connected { sid, keeping: Keeping::Restarting(Attempt::due(now)) };
+        self.state = State::Connected { sid, rival: None, keeping: Keeping::Restarting(Attempt::due(now)) };
     }
 
     fn leave(&mut self, now: Instant) {

@@ -61,6 +61,7 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "a_deployment_on_loopback_admits_a_user_and_logs_no_secret",
             "a_refused_command_is_not_quoted",
             "settings_are_checked_and_printed_without_secrets",
+            "a_stranger_cannot_fill_the_log_with_a_name",
         ],
     ),
     (
@@ -112,6 +113,8 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
         &[
             "the_end_of_another_connection_is_no_leave",
             "a_connection_that_nobody_took_over_is_a_leave_after_two_looks",
+            "the_leave_of_a_connection_that_was_not_told_of_is_looked_into",
+            "connections_may_be_told_of_the_wrong_way_round",
         ],
     ),
     (
@@ -126,6 +129,7 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "what_was_found_is_used_on_when_discovery_fails",
             "many_who_look_for_one_homeserver_ask_it_once",
             "a_document_is_asked_for_again_a_minute_after_trouble",
+            "in_trouble_a_server_is_where_it_was_before",
         ],
     ),
     (
@@ -136,6 +140,7 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "a_failed_restart_recovers_before_the_deadline",
             "a_restart_is_tried_until_a_little_beyond_the_deadline_and_a_later_leave_is_still_sent",
             "a_hint_beyond_the_deadline_ends_the_restarts",
+            "a_restart_that_hangs_is_made_again_before_the_event_fires",
         ],
     ),
     (
@@ -252,6 +257,7 @@ const REQUIREMENTS: [(&str, &str, &[&str]); 32] = [
             "a_store_that_does_not_answer_is_told",
             "an_sfu_that_lets_us_in_is_ready_and_others_are_not",
             "it_is_not_ready_before_its_store_could_be_read",
+            "it_is_not_ready_and_the_log_is_not_flooded",
         ],
     ),
     (

@@ -179,6 +179,8 @@ impl World {
         }
         self.restart_answered(b'4');
         self.handle(Input::Left { sid: self.job.sid().map(str::to_owned), why: Leave::OnPurpose });
+        // If it is not certain that this was its only connection, and the SFU does not say.
+        self.event(b'K', 2);
         self.send_answered(0);
         // The next attempt, if it was between two.
         self.pass_until_due();

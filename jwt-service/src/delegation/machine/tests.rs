@@ -418,6 +418,39 @@ fn the_leave_of_a_connection_that_was_not_told_of_is_looked_into() {
 }
 
 #[test]
+fn connections_may_be_told_of_the_wrong_way_round() {
+    let reconnected = || {
+        let mut world = World::new(start(60_000));
+        // The second webhook is about the first connection.
+        world.joined(Some("PA_2"));
+        world.joined(Some("PA_1"));
+        world
+    };
+    let mut world = reconnected();
+    world.sfu = Presence::Present { sid: Some("PA_2".into()) };
+    world.left(Some("PA_1"), Leave::Otherwise);
+    world.until(10_000);
+    assert_eq!(world.calls(), [Seen::Restart], "it is there");
+    world.left(Some("PA_2"), Leave::OnPurpose);
+    assert_eq!(world.times(Seen::Send), [10_000], "and now it has gone");
+
+    let mut world = reconnected();
+    world.sfu = Presence::Absent;
+    world.left(Some("PA_1"), Leave::OnPurpose);
+    world.until(1000);
+    assert_eq!(world.times(Seen::Send), [500], "nobody is there: the other end was not told");
+
+    let mut world = reconnected();
+    world.left(Some("PA_1"), Leave::OnPurpose);
+    assert_eq!(world.times(Seen::Send), [0], "an SFU that cannot be asked does not contradict its webhook");
+
+    let mut world = reconnected();
+    world.left(Some("PA_2"), Leave::TakenOver);
+    world.left(Some("PA_1"), Leave::Otherwise);
+    assert_eq!(world.times(Seen::Send), [0], "both ends were told");
+}
+
+#[test]
 fn an_sfu_that_is_down_after_the_services_restart_ends_no_call() {
     let restored = || World::new(Start { was_connected: true, remaining: MS(3000), ..start(8000) });
     let mut world = restored();
