@@ -187,7 +187,8 @@ enum State {
     Connected {
         /// The connection that was told of last.
         sid: Option<String>,
-        /// The one before, until it is told that it has ended: the two may have been told of the wrong way round.
+        /// The one before, until it is told that it has ended: the two may have been told of the wrong way round. It
+        /// is none where the last one has no id.
         rival: Option<String>,
         keeping: Keeping,
     },
@@ -363,13 +364,11 @@ impl Job {
         match &mut self.state {
             State::Waiting { .. } => self.connect(now, new),
             State::Connected { sid, rival, .. } => {
-                if let (Some(old), Some(new)) = (&*sid, &new)
-                    && old != new
-                {
-                    *rival = Some(old.clone());
-                }
                 // A webhook without a connection's id makes the current one unknown: any leave then counts.
-                *sid = new;
+                let old = std::mem::replace(sid, new);
+                if *sid != old {
+                    *rival = old.filter(|_| sid.is_some());
+                }
                 self.was_connected = false;
                 self.back_to_sanity(now);
             }
@@ -409,7 +408,7 @@ impl Job {
                     }
                     Leave::OnPurpose | Leave::Otherwise => self.leave(now),
                     Leave::TakenOver => {
-                        *sid = None;
+                        (*sid, *rival) = (None, None);
                         self.look_again(now, Purpose::Takeover);
                     }
                 }

@@ -445,6 +445,12 @@ fn connections_may_be_told_of_the_wrong_way_round() {
     assert_eq!(world.times(Seen::Send), [0], "an SFU that cannot be asked does not contradict its webhook");
 
     let mut world = reconnected();
+    world.joined(None);
+    world.joined(Some("PA_2"));
+    world.left(Some("PA_2"), Leave::OnPurpose);
+    assert_eq!(world.times(Seen::Send), [0], "what has no id makes the others unknown");
+
+    let mut world = reconnected();
     world.left(Some("PA_2"), Leave::TakenOver);
     world.left(Some("PA_1"), Leave::Otherwise);
     assert_eq!(world.times(Seen::Send), [0], "both ends were told");
