@@ -400,7 +400,7 @@ impl Job {
                 match why {
                     // Whoever took that connection over is there by another.
                     Leave::TakenOver if other => {}
-                    // One that has ended before, or one that we were not told of, and who knows of which one more.
+                    // An old one, told late, or one that we were never told of: a look can tell.
                     Leave::OnPurpose | Leave::Otherwise if other => self.look_again(now, Purpose::Takeover),
                     Leave::Otherwise if self.was_connected => self.look_again(now, Purpose::Takeover),
                     Leave::OnPurpose | Leave::Otherwise if rival.is_some() => {
