@@ -356,7 +356,7 @@ fn outcome(answer: &ClientAnswer, now: SystemTime) -> Outcome {
 }
 
 /// How long to wait after a 429: `Retry-After` in seconds or as a date, else `retry_after_ms`.
-pub(crate) fn hint(answer: &ClientAnswer, now: SystemTime) -> Option<Duration> {
+fn hint(answer: &ClientAnswer, now: SystemTime) -> Option<Duration> {
     #[derive(Deserialize)]
     struct Limited {
         retry_after_ms: u64,

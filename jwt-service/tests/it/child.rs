@@ -39,6 +39,17 @@ impl Program {
         }
     }
 
+    /// One with the least that it needs, for tests to which neither SFU nor homeserver matter.
+    pub(crate) fn alone() -> Self {
+        let mut program = Self::new();
+        program
+            .set("LIVEKIT_URL", "ws://127.0.0.1:9")
+            .set("LIVEKIT_KEY", "devkey")
+            .set("LIVEKIT_SECRET", "devsecret")
+            .set("LIVEKIT_FULL_ACCESS_HOMESERVERS", "hs.org");
+        program
+    }
+
     /// Sets an environment variable; there are no others but those of the listeners.
     pub(crate) fn set(&mut self, variable: &str, value: impl Into<String>) -> &mut Self {
         self.environment.insert(variable.to_owned(), value.into());

@@ -14,7 +14,7 @@ use antiphon_jwt_service::{
     DelegationConfig, FullAccess, ParticipantIdentity, RoomAlias, Service, Settings, Sfu, SfuError,
     SfuParticipant, SfuRoom,
     delegation::{JobKey, Lateness, StoredJob},
-    store::{Store, StoreError},
+    store::{MemoryStore, Store, StoreError},
 };
 use async_trait::async_trait;
 use axum::{
@@ -30,7 +30,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 use tower::ServiceExt as _;
 
-use crate::support::{DEADLINE, Homeserver, Seen, get_token, settings, sfu_get, userinfo};
+use crate::support::{Client, DEADLINE, Homeserver, Seen, get_token, settings, sfu_get, userinfo};
 
 const USERS: &[(&str, &str)] = &[("good", "alice")];
 const STABLE: &str = "/_matrix/client/v1/delayed_events/";
@@ -123,6 +123,21 @@ impl Sfu for Floor {
         let one = self.participant(room, "anybody").await?;
         Ok(vec![one; identities.len()])
     }
+}
+
+/// A service that keeps the leave `syd_1` of alice, a user of `server` who is on the SFU.
+pub(crate) async fn keeping_a_leave(settings: Settings, server: &str, delay: Duration) -> Service {
+    let floor = Arc::new(Floor::default());
+    *floor.present.lock().unwrap() = Some(true);
+    let (store, config) = (Arc::new(MemoryStore::new()), DelegationConfig::new("test"));
+    let service = Service::with_store(settings, floor, store, config).unwrap();
+    service.restore().await;
+    let mut body = get_token(server, "good", "alice");
+    body["delay_id"] = json!("syd_1");
+    body["delay_timeout"] = json!(u64::try_from(delay.as_millis()).unwrap());
+    let client = Client::of(service.clone());
+    assert_eq!(client.post("/delegate_delayed_leave", body).await.status, 200);
+    service
 }
 
 /// A deployment: the service, and everything around it.

@@ -1,21 +1,16 @@
 //! A homeserver that hangs once must not cost a short delayed event.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
-use antiphon_jwt_service::{DelegationConfig, Service, store::MemoryStore};
 use axum::{body::Body, response::IntoResponse};
-use serde_json::json;
 use tokio::{sync::mpsc::unbounded_channel, time::timeout};
 
 use crate::{
-    delegated_leave::Floor,
-    support::{Client, DEADLINE, Homeserver, get_token, settings, userinfo},
+    delegated_leave::keeping_a_leave,
+    support::{DEADLINE, Homeserver, settings, userinfo},
 };
 
 const DELAY: Duration = Duration::from_secs(4);
@@ -39,16 +34,7 @@ async fn a_restart_that_hangs_is_made_again_before_the_event_fires() {
     let mut settings = settings();
     let base = format!("https://{}", homeserver.name()).parse().unwrap();
     settings.cs_api_url_overrides = [(homeserver.name(), base)].into();
-    let floor = Arc::new(Floor::default());
-    *floor.present.lock().unwrap() = Some(true);
-    let (store, config) = (Arc::new(MemoryStore::new()), DelegationConfig::new("test"));
-    let service = Service::with_store(settings, floor, store, config).unwrap();
-    service.restore().await;
-    let client = Client::of(service.clone());
-    let mut body = get_token(&homeserver.name(), "good", "alice");
-    body["delay_id"] = json!("syd_1");
-    body["delay_timeout"] = json!(u64::try_from(DELAY.as_millis()).unwrap());
-    assert_eq!(client.post("/delegate_delayed_leave", body).await.status, 200);
+    let service = keeping_a_leave(settings, &homeserver.name(), DELAY).await;
     assert_eq!(timeout(DEADLINE, calls.recv()).await.unwrap(), Some(true));
     // The second hangs; the third comes before the homeserver, which counts from the first, sends the event.
     let third = async { (calls.recv().await, calls.recv().await) };

@@ -1,24 +1,23 @@
 //! A homeserver may send delayed-event calls elsewhere: by a redirect that keeps the method, and never with the access
 //! token to another origin.
 
-use std::sync::Arc;
+use std::time::Duration;
 
-use antiphon_jwt_service::{DelegationConfig, Service, store::MemoryStore};
+use antiphon_jwt_service::Service;
 use axum::{
     http::{Method, StatusCode, header},
     response::IntoResponse,
 };
-use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
-    delegated_leave::Floor,
-    support::{Client, DEADLINE, Homeserver, Seen, get_token, settings, userinfo},
+    delegated_leave::keeping_a_leave,
+    support::{DEADLINE, Homeserver, Seen, settings, userinfo},
 };
 
 /// A service with the delayed leave of somebody who is on the SFU.
 struct World {
-    _client: Client,
+    _service: Service,
     homeserver: Homeserver,
     other: Homeserver,
     calls: UnboundedReceiver<Seen>,
@@ -51,17 +50,8 @@ impl World {
         let base = format!("https://{}/from", homeserver.name()).parse().unwrap();
         settings.cs_api_url_overrides = [(homeserver.name(), base)].into();
         settings.delayed_event_tokens = [(homeserver.name(), "hunter2".into())].into();
-        let floor = Arc::new(Floor::default());
-        *floor.present.lock().unwrap() = Some(true);
-        let (store, config) = (Arc::new(MemoryStore::new()), DelegationConfig::new("test"));
-        let service = Service::with_store(settings, floor, store, config).unwrap();
-        service.restore().await;
-        let client = Client::of(service);
-        let mut body = get_token(&homeserver.name(), "good", "alice");
-        body["delay_id"] = json!("syd_1");
-        body["delay_timeout"] = json!(60_000);
-        assert_eq!(client.post("/delegate_delayed_leave", body).await.status, 200);
-        Self { _client: client, homeserver, other, calls }
+        let service = keeping_a_leave(settings, &homeserver.name(), Duration::from_mins(1)).await;
+        Self { _service: service, homeserver, other, calls }
     }
 
     /// The next call: at whom, which path, and whether with the token.

@@ -13,14 +13,8 @@ async fn deliver(service: &Program, id: &str, request: axum::http::Request<axum:
 
 #[tokio::test]
 async fn one_line_says_why_and_which_request() {
-    let mut service = Program::new();
-    service
-        .set("LIVEKIT_URL", "ws://127.0.0.1:9")
-        .set("LIVEKIT_KEY", "devkey")
-        .set("LIVEKIT_SECRET", "devsecret")
-        .set("LIVEKIT_FULL_ACCESS_HOMESERVERS", "hs.org")
-        .start()
-        .await;
+    let mut service = Program::alone();
+    service.start().await;
     let event = r#"{"event":"room_started"}"#;
     let mut another_body = signed(event, "devsecret", 60, "");
     *another_body.body_mut() = "{}".into();

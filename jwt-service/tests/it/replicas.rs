@@ -60,25 +60,12 @@ impl World {
             services.push(replica(&settings, &floor, &redis, name).await);
         }
         let world = Self { homeserver, redis, floor, services, webhooks: AtomicU64::new(0) };
-        let listening = async || {
-            let answer = world.redis.raw(&["PUBSUB", "NUMSUB", "lk-jwt:notices"]).await;
-            answer
-                == redis::Value::Array(vec![
-                    redis::Value::BulkString(b"lk-jwt:notices".to_vec()),
-                    redis::Value::Int(2),
-                ])
-        };
-        world.until("both listen", listening).await;
+        world.until("both listen", async || listeners(&world.redis, 2).await).await;
         world
     }
 
-    async fn until(&self, what: &str, mut ready: impl AsyncFnMut() -> bool) {
-        let wait = async {
-            while !ready().await {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("{what}: {:?}", self.calls()));
+    async fn until(&self, what: &str, ready: impl AsyncFnMut() -> bool) {
+        assert!(until(ready).await, "{what}: {:?}", self.calls());
     }
 
     /// Delegates `delay_id` for alice at a replica. Its delay is an hour: nothing happens by itself.
@@ -130,6 +117,27 @@ impl World {
     fn count(&self, call: &str) -> usize {
         self.calls().iter().filter(|seen| *seen == call).count()
     }
+}
+
+/// Whether it is `ready` before the deadline.
+async fn until(mut ready: impl AsyncFnMut() -> bool) -> bool {
+    let wait = async {
+        while !ready().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait).await.is_ok()
+}
+
+/// Whether so many processes listen to notices.
+async fn listeners(redis: &Redis, count: i64) -> bool {
+    const CHANNEL: &str = "lk-jwt:notices";
+    let answer = redis.raw(&["PUBSUB", "NUMSUB", CHANNEL]).await;
+    answer
+        == redis::Value::Array(vec![
+            redis::Value::BulkString(CHANNEL.as_bytes().to_vec()),
+            redis::Value::Int(count),
+        ])
 }
 
 async fn replica(settings: &Settings, floor: &Arc<Floor>, redis: &Redis, name: &str) -> Service {
@@ -217,34 +225,14 @@ async fn two_processes_of_one_name_are_told_so() {
     require!(Peer::Redis);
     let redis = Redis::start(&[]).await;
     let process = async |name: &str| {
-        let mut program = Program::new();
-        program
-            .set("LIVEKIT_URL", "ws://127.0.0.1:9")
-            .set("LIVEKIT_KEY", "devkey")
-            .set("LIVEKIT_SECRET", "devsecret")
-            .set("LIVEKIT_FULL_ACCESS_HOMESERVERS", "hs.org")
-            .set("LIVEKIT_REDIS_URL", redis.url())
-            .set("LIVEKIT_JWT_REPLICA", name)
-            .start()
-            .await;
+        let mut program = Program::alone();
+        program.set("LIVEKIT_REDIS_URL", redis.url()).set("LIVEKIT_JWT_REPLICA", name).start().await;
         program
     };
     let one = process("one").await;
-    let listening =
-        redis::Value::Array(vec![redis::Value::BulkString(b"lk-jwt:notices".to_vec()), redis::Value::Int(1)]);
-    let wait = async {
-        while redis.raw(&["PUBSUB", "NUMSUB", "lk-jwt:notices"]).await != listening {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(DEADLINE, wait).await.expect("it listens");
+    assert!(until(async || listeners(&redis, 1).await).await, "it listens");
     let _two = process("two").await;
     let _another_one = process("one").await;
-    let wait = async {
-        while !one.log().tail().contains("LIVEKIT_JWT_REPLICA") {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(DEADLINE, wait).await.expect("a warning");
+    assert!(until(async || one.log().tail().contains("LIVEKIT_JWT_REPLICA")).await, "a warning");
     assert_eq!(one.log().tail().matches("has our name").count(), 1, "{}", one.log().tail());
 }
