@@ -1,27 +1,77 @@
-//! Join end-to-end encrypted MatrixRTC calls (MSC3401, MSC4143) from Rust.
+//! Join end-to-end encrypted MatrixRTC calls (MSC3401, MSC4143, MSC4195) from Rust.
 //!
-//! One rule holds in every module: protocol logic does no I/O. Membership ([`membership`]), media keys
-//! ([`media_keys`]) and frame encryption ([`frame_crypto`]) are plain structs that are given inputs and the
-//! time and are drained of outputs; [`call`] is the shell that owns the clock, the homeserver ([`matrix`]) and
-//! the media transport ([`transport`]).
+//! An application names [`Call`], [`CallOptions`], [`CallEvent`], [`LocalTrack`], [`RemoteTrack`], [`Member`] and a few
+//! more; all of them are at the root of this crate.
 //!
-//! What this crate refuses to do: hand plaintext from the network to an application in an encrypted call,
-//! accept a media key that did not come Olm-encrypted from the device that is the member, or take the question
-//! "is this call encrypted?" from the SFU. Policy comes from Matrix.
+//! One rule holds inside: protocol logic does no I/O. [`machine::CallMachine`] decides everything about one call;
+//! the shell behind [`Call`] owns the clock, the homeserver ([`matrix`]) and the media connections ([`transport`]),
+//! and performs what the machine asks for.
+//!
+//! What this crate refuses to do: hand plaintext from the network to an application in an encrypted call, accept a
+//! media key that did not come Olm-encrypted from the member's own device, or ask the SFU whether a call is
+//! encrypted. That policy comes from Matrix.
+//!
+//! # Features
+//!
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `matrix-sdk` | yes | calls in rooms of a matrix-sdk client; sessions |
+//! | `webrtc` | yes | media over LiveKit SFUs |
+//! | `aws-lc` | yes | frame encryption by AWS-LC instead of RustCrypto |
+//!
+//! Without features the crate is the machine and the frame encryption alone: no sockets, no threads, no clock.
 
-pub mod call;
+#[cfg(feature = "shell")]
+mod call;
+#[cfg(feature = "shell")]
 pub mod foci;
 pub mod frame_crypto;
-pub mod key;
+mod key;
+pub mod machine;
 pub mod matrix;
-pub mod media;
-pub mod media_keys;
-pub mod member;
-pub mod membership;
-pub mod time;
+mod media;
+mod member;
+#[cfg(feature = "matrix-sdk")]
+mod session;
+mod time;
+#[cfg(feature = "shell")]
+pub mod tls;
 pub mod transport;
 
+#[cfg(feature = "shell")]
+pub use call::{
+    Call, CallError, CallEvents, CallOptions, Connected, Connector, LocalTrack, TrackSummary, WriteError,
+};
+#[cfg(feature = "webrtc")]
+pub use call::{LiveKitConnector, LiveKitOptions};
+pub use key::{BadKeyLength, KeyIndex, MediaKey};
+pub use machine::{
+    Attention, CallEvent, CallReport, CallStatus, ConnectFailure, ConnectFailureKind, EncryptionPolicy,
+    EndReason, HealingConfig, IncomingTrack, Invite, InviteEnd, MembershipMode, NoMediaCause, OwnConfig,
+    RolloutConfig, TrackStats,
+};
+pub use matrix::{OwnTrust, TrustPolicy};
+#[cfg(feature = "matrix-sdk")]
+pub use matrix_sdk;
+pub use media::{
+    Codec, EncodedFrame, FrameBytes, FramePool, Recording, RecordingError, TrackSource, TrackSpec,
+    VideoLayer, opus_duration,
+};
+pub use member::{Device, Member, MemberId, MemberKey, MembershipForm, ParticipantIdentity, Slot};
+#[cfg(feature = "matrix-sdk")]
+pub use session::{Homeserver, Secret, Session, SessionError, SessionOptions};
+pub use time::{Now, UnixMillis};
+pub use transport::{
+    ConnectionQuality, LiveKitFocus, LocalTrackId, Reliability, RemoteTrack, Subscription, TrackSid,
+    Transport, UserData,
+};
+
 /// The examples of the README compile.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "matrix-sdk", feature = "webrtc"))]
 #[doc = include_str!("../../README.md")]
 struct Readme;
+
+/// So do those of the guide.
+#[cfg(all(doctest, feature = "matrix-sdk", feature = "webrtc"))]
+#[doc = include_str!("../../docs/sdk/README.md")]
+struct Guide;

@@ -1,164 +1,106 @@
-//! What the examples share: logging in, and playing a recording into a call.
+//! What the examples share: logging in and joining a call ([`Place`], [`InCall`]), playing recordings ([`play`]), writing
+//! received frames to files ([`TrackFile`]), and saying what goes wrong ([`trouble`]).
 #![allow(clippy::disallowed_methods, reason = "a program is a shell: it owns the clock and the tasks")]
 // matrix-sdk's sync future nests deeper than the compiler looks by itself.
 #![recursion_limit = "256"]
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use antiphon_call_sdk::{
-    call::{Call, CallEvents, CallOptions, LocalTrack, WriteError},
-    frame_crypto::SealError,
-    matrix::TrustPolicy,
-    media::Recording,
-};
+use antiphon_call_sdk::{LocalTrack, Recording, Session, WriteError, frame_crypto::SealError};
 use anyhow::{Context as _, Result};
 use matrix_sdk::{
-    Client, Room, RoomState,
-    config::SyncSettings,
-    encryption::EncryptionSettings,
-    ruma::{OwnedRoomId, RoomId},
+    Room, RoomState,
+    ruma::{OwnedRoomId, RoomId, RoomOrAliasId},
 };
-use tokio::task::JoinHandle;
 
-/// To be called first in every `main`: two TLS providers are in the graph, and one must be the default.
+mod in_call;
+mod place;
+mod track_file;
+mod trouble;
+
+pub use in_call::InCall;
+pub use place::Place;
+pub use track_file::TrackFile;
+pub use trouble::trouble;
+
+/// How long the homeserver may take to show a room that we have joined.
+const ROOM_SHOWN: Duration = Duration::from_secs(30);
+
+/// Sets logging up: warnings of Antiphon to standard error, or what `RUST_LOG` says.
 pub fn init() {
-    // Err means that it is set already, which is what we want.
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,matrix_sdk=off,matrix_sdk_crypto=off,rtc=off,rtc_ice=off,rtc_dtls=off,rtc_sctp=off,webrtc=off"));
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        let quiet = ["matrix_sdk", "matrix_sdk_crypto", "rtc", "rtc_ice", "rtc_dtls", "rtc_sctp", "webrtc"];
+        let quiet = quiet.map(|target| format!(",{target}=off")).concat();
+        tracing_subscriber::EnvFilter::new(format!("warn{quiet}"))
+    });
     // Err means that a subscriber is installed, for instance by a test.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
 
-/// Which user an example is, and in which room.
-#[derive(Debug, clap::Args)]
-pub struct Place {
-    /// Base URL of the homeserver.
-    #[arg(long)]
-    pub homeserver: String,
-    /// User name.
-    #[arg(long)]
-    pub user: String,
-    /// Password; better in the environment than on the command line.
-    #[arg(long, env = "MATRIX_PASSWORD", hide_env_values = true)]
-    pub password: String,
-    /// Room id; the room is joined if we are invited or it is public.
-    #[arg(long)]
-    pub room: OwnedRoomId,
-    /// Talk to clients whose device its owner has not cross-signed, as Element Call on its own.
-    #[arg(long)]
-    pub trust_any_device: bool,
-}
-
-impl Place {
-    /// Logs in, enters the room and joins its call.
-    ///
-    /// # Errors
-    /// What the homeserver or the focus say if they do not let us in.
-    pub async fn join_call(&self) -> Result<(Session, Call, CallEvents)> {
-        let session = Session::log_in(&self.homeserver, &self.user, &self.password).await?;
-        let room = session.enter(&self.room).await?;
-        let mut options = CallOptions::default();
-        if self.trust_any_device {
-            options.trust = TrustPolicy::AnyDevice;
-        }
-        let (call, events) = Call::join(&room, options).await?;
-        Ok((session, call, events))
-    }
-}
-
-/// A logged-in client that keeps syncing until it is dropped.
-#[derive(Debug)]
-pub struct Session {
-    /// The client.
-    pub client: Client,
-    sync: JoinHandle<()>,
-}
-
-impl Session {
-    /// Logs in with a new device that its owner's identity signs, and starts to sync.
-    ///
-    /// # Errors
-    /// What matrix-sdk says if the homeserver does not let us in.
-    pub async fn log_in(homeserver: &str, user: &str, password: &str) -> Result<Self> {
-        let client = Client::builder()
-            .homeserver_url(homeserver)
-            .with_encryption_settings(EncryptionSettings {
-                auto_enable_cross_signing: true,
-                ..EncryptionSettings::default()
-            })
-            .build()
-            .await
-            .with_context(|| format!("no Matrix homeserver answers at {homeserver}"))?;
-        client
-            .matrix_auth()
-            .login_username(user, password)
-            .initial_device_display_name("Antiphon")
-            .send()
-            .await
-            .with_context(|| format!("{homeserver} does not log {user} in"))?;
-        client.encryption().wait_for_e2ee_initialization_tasks().await;
-        // One round by hand, so that a failure shows here and the store is filled when we return.
-        client.sync_once(SyncSettings::default()).await.context("the first sync failed")?;
-        let syncing = client.clone();
-        let sync = tokio::spawn(async move {
-            if let Err(error) = syncing.sync(SyncSettings::default()).await {
-                tracing::error!(%error, "sync ended");
-            }
-        });
-        Ok(Self { client, sync })
-    }
-
-    /// Joins a room by id and waits until sync shows it, with its members.
-    ///
-    /// # Errors
-    /// If the homeserver refuses, or after 30 s.
-    pub async fn enter(&self, id: &RoomId) -> Result<Room> {
-        if self.client.get_room(id).is_none_or(|r| r.state() != RoomState::Joined) {
-            self.client.join_room_by_id(id).await.with_context(|| format!("cannot join {id}"))?;
-        }
-        self.room(id.to_owned()).await
-    }
-
-    /// Waits until sync shows a joined room and whether it is encrypted.
-    ///
-    /// # Errors
-    /// After 30 s.
-    pub async fn room(&self, id: OwnedRoomId) -> Result<Room> {
-        let mut changes = self.client.subscribe_to_all_room_updates();
-        let shown = async {
-            loop {
-                if let Some(room) = self.client.get_room(&id)
-                    && room.state() == RoomState::Joined
-                    && room.create_content().is_some()
-                {
-                    return room;
-                }
-                // Lagging only means that something changed, so look again.
-                let _ = changes.recv().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(30), shown)
-            .await
-            .with_context(|| format!("the homeserver did not show {id} within 30 s"))
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.sync.abort();
-    }
-}
-
-/// Plays a recording into a track, over and over, each frame when its time has come.
+/// Joins a room, if the user has not already, and waits until the sync shows it.
 ///
 /// # Errors
-/// When the call is over.
-pub async fn play(track: &LocalTrack, recording: &Arc<Recording>) -> Result<(), WriteError> {
+/// If the homeserver refuses, or does not show the room within 30 s.
+pub async fn enter(session: &Session, room: &RoomOrAliasId) -> Result<Room> {
+    let client = session.client();
+    let known = <&RoomId>::try_from(room).ok().and_then(|id| client.get_room(id));
+    let id = match known.filter(|room| room.state() == RoomState::Joined) {
+        Some(room) => room.room_id().to_owned(),
+        None => {
+            let joined = client.join_room_by_id_or_alias(room, &[]).await;
+            joined.with_context(|| format!("cannot join {room}"))?.room_id().to_owned()
+        }
+    };
+    shown(session, id).await
+}
+
+/// Waits until the sync shows a joined room with its state.
+async fn shown(session: &Session, id: OwnedRoomId) -> Result<Room> {
+    let mut changes = session.client().subscribe_to_all_room_updates();
+    let shown = async {
+        loop {
+            if let Some(room) = session.client().get_room(&id)
+                && room.state() == RoomState::Joined
+                && room.create_content().is_some()
+            {
+                return room;
+            }
+            // Lagging only means that something changed, so look again.
+            let _ = changes.recv().await;
+        }
+    };
+    let room = tokio::time::timeout(ROOM_SHOWN, shown).await;
+    room.with_context(|| format!("the homeserver did not show {id} within 30 s"))
+}
+
+/// Plays a recording into a track, over and over, each frame when its time has come. Never ends by itself: abort the
+/// task, or drop the future, to end the track.
+///
+/// # Errors
+/// If the track cannot carry the recording's codec.
+pub async fn play(track: &LocalTrack, recording: &Recording) -> Result<(), WriteError> {
+    play_layers(track, std::slice::from_ref(recording)).await
+}
+
+/// Plays one recording per simulcast layer of a track, smallest first, over and over.
+///
+/// # Errors
+/// As [`play`], and if the track was published with fewer layers.
+pub async fn play_layers(track: &LocalTrack, layers: &[Recording]) -> Result<(), WriteError> {
     let start = tokio::time::Instant::now();
-    for frame in recording.looped() {
+    // Of each layer the next frame and those after it.
+    let mut layers: Vec<_> = (0..)
+        .zip(layers)
+        .filter_map(|(layer, recording)| {
+            let mut frames = recording.looped();
+            Some((layer, frames.next()?, frames))
+        })
+        .collect();
+    while let Some((layer, next, frames)) = layers.iter_mut().min_by_key(|(_, next, _)| next.timestamp) {
+        let Some(after) = frames.next() else { break };
+        let (layer, frame) = (*layer, std::mem::replace(next, after));
         tokio::time::sleep_until(start + frame.timestamp).await;
-        match track.write(frame).await {
+        match track.write_layer(layer, &frame) {
             // The first moment of a call: our key does not exist yet, so there is nothing to send.
             Ok(()) | Err(WriteError::Seal(SealError::MissingKey(_))) => {}
             Err(error) => return Err(error),

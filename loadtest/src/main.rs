@@ -49,8 +49,6 @@ struct Options {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // Err means that a default is set already, which is what we want.
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

@@ -1,15 +1,15 @@
 //! One participant: joins, publishes if it is a publisher, and accounts for every frame that it receives.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use antiphon_call_sdk::{
-    media::TrackSpec,
+    TrackSpec,
     transport::{
-        LocalTrackId, MediaTransport as _, TransportEvent, WireFrame,
+        FrameReceiver, LocalTrackId, MediaTransport as _, Outlet, ReceivedFrame, TransportEvent, WireFrame,
         livekit::{ConnectOptions, LiveKitTransport},
     },
 };
@@ -85,13 +85,20 @@ impl Participant {
             LiveKitTransport::connect(options).await.with_context(|| format!("{identity} could not join"))?;
         let joined_in = start.elapsed();
         let log = Arc::new(Mutex::new(Log::default()));
-        let (writing, times) = (log.clone(), sent.clone());
+        let receiver = Arc::new(Receiver { log: log.clone(), start, sent: sent.clone() });
+        // The events end with the transport, so this task must not keep it.
+        let (of, ends) = (Arc::downgrade(&transport), log.clone());
         tokio::spawn(async move {
+            let mut attached = BTreeSet::new();
             while let Some(event) = events.recv().await {
-                let mut log = writing.lock().unwrap_or_else(PoisonError::into_inner);
                 match event {
-                    TransportEvent::Frame { frame, .. } => log.frame(&frame, start, &times),
-                    TransportEvent::Disconnected { reason } => log.end = Some(reason),
+                    TransportEvent::TrackUpdated { track, .. } if attached.insert(track.sid.clone()) => {
+                        let Some(transport) = of.upgrade() else { return };
+                        transport.attach(&track.sid, Some(receiver.clone()));
+                    }
+                    TransportEvent::Disconnected(reason) => {
+                        ends.lock().unwrap_or_else(PoisonError::into_inner).end = Some(reason.to_string());
+                    }
                     _ => {}
                 }
             }
@@ -99,14 +106,15 @@ impl Participant {
         let mut senders = Vec::new();
         if let Role::Publisher(publisher) = role {
             let audio = SyntheticOpus::new(publisher * 2, AUDIO_FRAME);
-            let track = transport.publish(TrackSpec::microphone(), false).await?;
-            let step = Sending { stream: publisher * 2, every: AUDIO_EVERY, clock: 48_000 };
-            senders.push(step.start(transport.clone(), track, sent.clone(), move |n| audio.frame(n)));
+            let outlet = transport.publish(LocalTrackId(0), TrackSpec::microphone(), false).await?;
+            let sending = Sending { stream: publisher * 2, every: AUDIO_EVERY, clock: 48_000, key_every: 1 };
+            senders.push(sending.start(outlet, sent.clone(), move |n| audio.frame(n)));
             if plan.video {
                 let video = SyntheticVp8::new(publisher * 2 + 1, plan.video_frame).key_every(KEY_FRAME_EVERY);
-                let track = transport.publish(TrackSpec::camera(1280, 720), false).await?;
-                let step = Sending { stream: publisher * 2 + 1, every: VIDEO_EVERY, clock: 90_000 };
-                senders.push(step.start(transport.clone(), track, sent, move |n| video.frame(n)));
+                let outlet = transport.publish(LocalTrackId(1), TrackSpec::camera(1280, 720), false).await?;
+                let (stream, key_every) = (publisher * 2 + 1, KEY_FRAME_EVERY);
+                let sending = Sending { stream, every: VIDEO_EVERY, clock: 90_000, key_every };
+                senders.push(sending.start(outlet, sent, move |n| video.frame(n)));
             }
         }
         Ok(Self { transport, joined_in, log, senders })
@@ -132,24 +140,36 @@ impl Participant {
     }
 }
 
-impl Log {
-    fn frame(&mut self, frame: &WireFrame, start: Instant, sent: &SentAt) {
-        let now = Instant::now();
-        let Some(record) = parse(&frame.payload) else {
-            self.damaged += 1;
+/// Accounts for the frames of every track of one participant: each frame says which stream it is of.
+#[derive(Debug)]
+struct Receiver {
+    log: Arc<Mutex<Log>>,
+    start: Instant,
+    sent: SentAt,
+}
+
+impl FrameReceiver for Receiver {
+    fn receive(&self, frame: ReceivedFrame<'_>) {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(record) = parse(frame.payload) else {
+            log.damaged += 1;
             return;
         };
-        self.first_frame.get_or_insert(now - start);
-        let received = self.streams.entry(record.stream).or_default();
+        log.first_frame.get_or_insert_with(|| frame.now.saturating_duration_since(self.start));
+        let received = log.streams.entry(record.stream).or_default();
         received.frames += 1;
         received.first.get_or_insert(record.number);
         received.last = received.last.max(record.number);
-        let sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
         let index = usize::try_from(record.number).unwrap_or(usize::MAX);
         if let Some(at) = sent.get(&record.stream).and_then(|times| times.get(index)) {
-            received.delays.push(now.saturating_duration_since(*at));
+            received.delays.push(frame.now.saturating_duration_since(*at));
         }
     }
+
+    fn sender_report(&self, _rtp_timestamp: u32, _ntp: u64) {}
+
+    fn injected_trailer(&self, _trailer: &[u8]) {}
 }
 
 /// A stream of frames at a steady pace.
@@ -158,13 +178,14 @@ struct Sending {
     stream: u32,
     every: Duration,
     clock: u64,
+    /// Every how many frames a decoder can start.
+    key_every: u64,
 }
 
 impl Sending {
     fn start(
         self,
-        transport: Arc<LiveKitTransport>,
-        track: LocalTrackId,
+        outlet: Arc<dyn Outlet>,
         sent: SentAt,
         frame: impl Fn(u64) -> bytes::Bytes + Send + 'static,
     ) -> JoinHandle<()> {
@@ -180,10 +201,8 @@ impl Sending {
                     .entry(self.stream)
                     .or_default()
                     .push(Instant::now());
-                let wire = WireFrame { payload: frame(number), rtp_timestamp };
-                if transport.send(track, wire).await.is_err() {
-                    return;
-                }
+                let key_frame = number % self.key_every == 0;
+                outlet.send(&WireFrame { payload: frame(number).into(), rtp_timestamp, layer: 0, key_frame });
             }
         })
     }

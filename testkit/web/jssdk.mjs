@@ -67,6 +67,7 @@ const commands = {
     keys: [...keys.values()],
     errors,
   }),
+  forget_keys: () => (keys.clear(), null),
   leave: () => session.leaveRoomSession(3000).then(() => null),
 };
 

@@ -1,4 +1,7 @@
-//! The task behind a [`super::Call`]: owns the machines, performs their requests, merges their events.
+//! The task behind a [`super::Call`]: it performs the machine's outputs and brings back what comes of them.
+//!
+//! Nothing here waits for the network: every request, close and query is a task of its own, so that none of them holds
+//! up media or events.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use std::{
@@ -7,640 +10,569 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use rand::{SeedableRng as _, rngs::StdRng};
+use ruma_common::OwnedEventId;
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
 };
 
 use super::{
-    CallEvent, CallOptions, LEAVE_TIMEOUT,
-    connections::{Connected, Connection, Connector, retry_delay},
-    outgoing::Outgoing,
-    remote::{Inbound, Remote},
-    stats::{Arrival, Counters},
+    connector::{Connected, Connector},
+    data::{self, DataSealer},
+    incoming::TrackReceiver,
+    outgoing::{LocalTrack, Outgoing},
+    queue::EventSender,
 };
 use crate::{
-    foci::{DelayedLeave, FocusError},
-    frame_crypto::OpenError,
-    matrix::{KeySendError, MatrixError, MatrixPort, MemberDevice, RoomFacts, RoomView, TrustPolicy, Update},
-    media_keys::{
-        inbox::{Inbox, InboxConfig, InboxOutput},
-        rollout::{KeyEvent, KeyInput, KeyOutput, Rollout, SendId},
-        wire::{self as key_wire, KeySender},
+    foci::SfuAccess,
+    machine::{
+        Attention, CallEvent, CallMachine, CallReport, CallStatus, ConnectFailure, EndReason, IncomingTrack,
+        Input, Output, Sealing, TrackCounters,
     },
-    member::{LiveKitFocus, Member, MemberId, ParticipantIdentity},
-    membership::{
-        own::{Event as OwnEvent, Input, Output, OwnMembership, Reply, RequestError, RequestId, Status},
-        roster::{Change, Roster},
-        wire::{self, OwnDescription},
-    },
+    matrix::{Delivery, MatrixPort, MatrixReply, MatrixUpdate, RequestError},
+    media::TrackSpec,
+    member::{Device, Member, MemberKey},
     time::{Now, UnixMillis},
-    transport::{MediaTransport, TransportEvent},
+    transport::{
+        ConnectionId, LocalTrackId, MediaTransport, Outlet, Reliability, Subscription, TrackSid,
+        TransportError, TransportEvent, UserData,
+    },
 };
 
-/// Media events of all foci that may wait for the shell.
-const MEDIA_QUEUE: usize = 1024;
-/// How often old keys are looked through.
-const RETIRE_EVERY: Duration = Duration::from_secs(5);
-/// How long a key message may take to go out; the rollout tries again.
-const KEY_SEND_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a member's media may come without its key before we ask for the key, by renewing our membership.
-const KEYLESS: Duration = Duration::from_secs(10);
-/// How long a goodbye to one SFU may take.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Transport events of all connections that may wait for the shell.
+const TRANSPORT_EVENTS: usize = 1024;
+/// Outcomes of to-device messages that may wait for the shell.
+const OUTCOMES: usize = 1024;
+/// How long closing a connection may take before it is abandoned.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What the application asks of its call.
 #[derive(Debug)]
 pub(super) enum Command {
     SetIntent(Option<String>),
+    Publish { spec: TrackSpec, reply: oneshot::Sender<Result<LocalTrack, String>> },
+    Subscribe { member: MemberKey, sid: TrackSid, subscription: Subscription },
+    RequestKeyFrame { member: MemberKey, sid: TrackSid },
+    SendData { reliability: Reliability, to: Vec<MemberKey>, message: UserData },
+    RotateKey,
+    Invite(Attention),
+    Decline(OwnedEventId),
+    React { emoji: String, name: String },
+    RaiseHand(bool),
+    Report(oneshot::Sender<CallReport>),
     Leave(oneshot::Sender<()>),
 }
 
 /// What a finished piece of work brings back.
 enum Done {
-    Membership(RequestId, Result<Reply, RequestError>),
-    Key(SendId, Result<Vec<MemberDevice>, KeySendError>),
-    View(Result<RoomView, MatrixError>),
-    Connected(LiveKitFocus, Result<Connected, String>),
+    Input(Input),
+    Access(ConnectionId, Result<SfuAccess, ConnectFailure>),
+    Connected(ConnectionId, Result<Connected, ConnectFailure>),
+    Published(ConnectionId, LocalTrackId, Result<Arc<dyn Outlet>, TransportError>),
+    Nothing,
 }
+
+/// The remote tracks and where they are counted.
+pub(super) type Tracks = Arc<Vec<(Arc<IncomingTrack>, Arc<TrackCounters>)>>;
 
 /// All that a shell is made of.
 pub(super) struct Parts {
     pub(super) port: Arc<dyn MatrixPort>,
     pub(super) connector: Arc<dyn Connector>,
-    pub(super) options: CallOptions,
-    pub(super) facts: RoomFacts,
-    pub(super) focus: LiveKitFocus,
-    pub(super) outgoing: Arc<Outgoing>,
-    pub(super) stats: Arc<Counters>,
-    pub(super) control: mpsc::Sender<CallEvent>,
-    pub(super) frames: mpsc::Sender<CallEvent>,
-    pub(super) members: watch::Sender<Vec<Member>>,
-    pub(super) status: watch::Sender<Status>,
+    pub(super) machine: CallMachine,
+    pub(super) sealing: Arc<Sealing>,
+    pub(super) events: EventSender,
+    pub(super) members: watch::Sender<Arc<Vec<Member>>>,
+    pub(super) tracks: watch::Sender<Tracks>,
+    pub(super) status: watch::Sender<CallStatus>,
+    pub(super) begin: Instant,
 }
 
 pub(super) struct Shell {
     parts: Parts,
-    state_key: String,
-    key_sender: KeySender,
-    roster: Roster,
-    own: OwnMembership,
-    rollout: Rollout,
-    inbox: Inbox,
-    remote: Remote,
-    connections: BTreeMap<LiveKitFocus, Connection>,
-    media_tx: mpsc::Sender<(LiveKitFocus, TransportEvent)>,
-    media: mpsc::Receiver<(LiveKitFocus, TransportEvent)>,
+    /// Tokens of connections that are being made, or made.
+    access: BTreeMap<ConnectionId, SfuAccess>,
+    connections: BTreeMap<ConnectionId, Arc<dyn MediaTransport>>,
+    /// Tasks that make connections; aborted when the connection is given up.
+    making: HashMap<ConnectionId, tokio::task::AbortHandle>,
+    receivers: HashMap<(ConnectionId, TrackSid), Arc<TrackReceiver>>,
+    locals: BTreeMap<LocalTrackId, Local>,
+    next_local: u64,
+    locals_changed: Arc<Notify>,
     work: JoinSet<Done>,
-    view: ViewState,
-    /// Since when the media of these participants has been coming without a key for it.
-    keyless: HashMap<ParticipantIdentity, Instant>,
-    next_retire: Instant,
-    ending: Option<Ending>,
+    transport_events: Channel<(ConnectionId, TransportEvent)>,
+    outcomes: Channel<Outcome>,
+    data: DataSealer,
+    leaving: Vec<oneshot::Sender<()>>,
+    over: Option<EndReason>,
 }
 
-/// The room is read whole, one reading at a time; a change during a reading asks for another.
-#[derive(Default)]
-struct ViewState {
-    reading: bool,
-    dirty: bool,
-}
+/// Both ends of a channel.
+type Channel<T> = (mpsc::Sender<T>, mpsc::Receiver<T>);
 
-struct Ending {
-    reason: String,
-    deadline: Instant,
-    waiters: Vec<oneshot::Sender<()>>,
+type Outcome = (crate::machine::RequestId, Device, Delivery);
+
+struct Local {
+    outgoing: Arc<Outgoing>,
+    waiting: Option<oneshot::Sender<Result<LocalTrack, String>>>,
+    muted: bool,
 }
 
 impl Shell {
     pub(super) fn new(parts: Parts) -> Self {
-        let port = &parts.port;
-        let state_key =
-            wire::state_key(port.user_id(), port.device_id(), &parts.options.slot, &parts.facts.version);
-        let (media_tx, media) = mpsc::channel(MEDIA_QUEUE);
-        let mut inbox_config = InboxConfig::new(
-            port.room_id().to_owned(),
-            port.user_id().to_owned(),
-            port.device_id().to_owned(),
-        );
-        inbox_config.require_cross_signed = parts.options.trust == TrustPolicy::CrossSigned;
-        let inbox = Inbox::new(inbox_config);
-        let key_sender = KeySender {
-            room_id: port.room_id().to_owned(),
-            slot: parts.options.slot.clone(),
-            device_id: port.device_id().to_owned(),
-            member_id: MemberId(format!("{}:{}", port.user_id(), port.device_id())),
-        };
         Self {
-            state_key,
-            key_sender,
-            roster: Roster::new(parts.options.slot.clone()),
-            own: OwnMembership::new(parts.options.membership.clone()),
-            rollout: Rollout::new(parts.options.keys.clone(), Box::new(StdRng::from_os_rng())),
-            inbox,
-            remote: Remote::default(),
+            access: BTreeMap::new(),
             connections: BTreeMap::new(),
-            media_tx,
-            media,
+            making: HashMap::new(),
+            receivers: HashMap::new(),
+            locals: BTreeMap::new(),
+            next_local: 1,
+            locals_changed: Arc::default(),
             work: JoinSet::new(),
-            view: ViewState::default(),
-            keyless: HashMap::new(),
-            next_retire: instant() + RETIRE_EVERY,
-            ending: None,
+            transport_events: mpsc::channel(TRANSPORT_EVENTS),
+            outcomes: mpsc::channel(OUTCOMES),
+            data: DataSealer::new(&parts.sealing),
+            leaving: Vec::new(),
+            over: None,
             parts,
         }
     }
 
-    /// Takes over a connected transport.
-    pub(super) fn adopt(
-        &mut self,
-        focus: LiveKitFocus,
-        transport: Arc<dyn MediaTransport>,
-        mut events: mpsc::Receiver<TransportEvent>,
-    ) {
-        let tx = self.media_tx.clone();
-        let of = focus.clone();
-        tokio::spawn(async move {
-            while let Some(event) = events.recv().await {
-                if tx.send((of.clone(), event)).await.is_err() {
-                    return;
-                }
-            }
-        });
-        self.connections.insert(focus, Connection::Up { transport });
-    }
-
     pub(super) async fn run(
         mut self,
-        description: OwnDescription,
-        mut updates: mpsc::Receiver<Update>,
-        mut commands: mpsc::Receiver<Command>,
+        updates: mpsc::Receiver<MatrixUpdate>,
+        commands: mpsc::Receiver<Command>,
     ) {
-        self.own.handle(now(), Input::Join(description));
-        if self.parts.options.delegate_leave {
-            self.own.handle(now(), Input::OfferDelegation);
-        }
-        self.view.dirty = true;
-        loop {
+        let (mut updates, mut commands) = (Some(updates), Some(commands));
+        self.input(Input::Start);
+        let reason = loop {
             let wake = self.drain();
-            if self.is_over() {
-                break;
+            if let Some(reason) = self.over.take() {
+                break reason;
             }
+            let changed = Arc::clone(&self.locals_changed);
             tokio::select! {
-                Some((focus, event)) = self.media.recv() => self.on_media(focus, event).await,
+                Some((connection, event)) = self.transport_events.1.recv() => {
+                    self.input(Input::Transport { connection, event });
+                }
+                Some((id, device, result)) = self.outcomes.1.recv() => {
+                    self.input(Input::Delivered { id, device, result });
+                }
                 Some(done) = self.work.join_next(), if !self.work.is_empty() => match done {
-                    Ok(done) => self.on_done(done).await,
-                    Err(error) => self.end(format!("a task of the call failed: {error}")),
+                    Ok(done) => self.done(done),
+                    Err(error) if error.is_cancelled() => {}
+                    Err(error) => self.input(Input::Leave(EndReason::Internal(error.to_string()))),
                 },
-                update = updates.recv() => match update {
-                    Some(Update::RoomChanged) => self.view.dirty = true,
-                    Some(Update::Key(received)) => {
-                        let outputs = self.inbox.receive(now(), received);
-                        self.on_inbox(outputs).await;
+                update = next(&mut updates) => match update {
+                    Some(update) => self.input(Input::Update(update)),
+                    None => {
+                        updates = None;
+                        self.input(Input::Leave(EndReason::ClientGone));
                     }
-                    None => self.end("the Matrix client is gone".to_owned()),
                 },
-                command = commands.recv(), if self.ending.is_none() => match command {
-                    Some(Command::SetIntent(intent)) => self.own.handle(now(), Input::SetIntent(intent)),
-                    Some(Command::Leave(waiter)) => {
-                        self.end("left".to_owned());
-                        if let Some(ending) = &mut self.ending {
-                            ending.waiters.push(waiter);
-                        }
+                command = next(&mut commands) => match command {
+                    Some(command) => self.command(command),
+                    None => {
+                        commands = None;
+                        self.input(Input::Leave(EndReason::Dropped));
                     }
-                    None => self.end("the application dropped the call".to_owned()),
                 },
-                () = tokio::time::sleep_until(wake.into()) => self.tick().await,
+                () = changed.notified() => self.sync_locals(),
+                () = tokio::time::sleep_until(wake.into()) => {}
             }
-        }
-        self.close().await;
-    }
-
-    /// Drains every machine, starts the work they ask for, and returns when to look again.
-    fn drain(&mut self) -> Instant {
-        let now = now();
-        let mut wake = now.instant + RETIRE_EVERY;
-        wake = wake.min(self.next_retire);
-        loop {
-            match self.own.poll(now) {
-                Output::Request { id, request, timeout } => {
-                    let (port, key) = (self.parts.port.clone(), self.state_key.clone());
-                    self.perform(id, timeout, async move {
-                        port.membership_request(&key, request, timeout).await
-                    });
-                }
-                Output::Delegate { id, delay_id, delay, timeout } => {
-                    let (port, connector) = (self.parts.port.clone(), self.parts.connector.clone());
-                    let (focus, leave) = (self.parts.focus.clone(), DelayedLeave { delay_id, delay });
-                    self.perform(id, timeout, async move {
-                        let delegated = connector.delegate_leave(&focus, port.as_ref(), &leave).await;
-                        delegated.map(|()| Reply::Done).map_err(|error| delegation_error(&error))
-                    });
-                }
-                Output::Event(event) => self.on_own_event(event),
-                Output::WaitUntil(at) => {
-                    wake = wake.min(at);
-                    break;
-                }
-                Output::Idle => break,
-            }
-        }
-        while self.parts.facts.encrypted {
-            match self.rollout.poll(now) {
-                KeyOutput::Send { id, index, key, recipients } => {
-                    let port = self.parts.port.clone();
-                    let content = key_wire::content(&self.key_sender, index, &key, now.unix);
-                    self.work.spawn(async move {
-                        let sending = port.send_key(&recipients, content);
-                        let result =
-                            tokio::time::timeout(KEY_SEND_TIMEOUT, sending).await.unwrap_or_else(|_| {
-                                let message = "the homeserver did not answer in time".to_owned();
-                                Err(KeySendError { message, retry_after: None })
-                            });
-                        Done::Key(id, result)
-                    });
-                }
-                KeyOutput::Use { index, key } => match self.parts.outgoing.ring.set(index, &key) {
-                    Ok(()) => {
-                        self.parts.outgoing.switch_to(index);
-                        self.tell(CallEvent::OwnKeyInUse(index));
-                    }
-                    Err(error) => self.end(format!("our media key cannot be used: {error}")),
-                },
-                KeyOutput::Event(KeyEvent::DeliveryFailed { devices }) => {
-                    self.tell(CallEvent::KeyDeliveryFailed(devices));
-                }
-                KeyOutput::Event(_) => {}
-                KeyOutput::WaitUntil(at) => {
-                    wake = wake.min(at);
-                    break;
-                }
-                KeyOutput::Idle => break,
-            }
-        }
-        if self.view.dirty && !self.view.reading && self.ending.is_none() {
-            self.view = ViewState { reading: true, dirty: false };
-            let port = self.parts.port.clone();
-            self.work.spawn(async move { Done::View(port.room_view().await) });
-        }
-        if let Some(at) = self.roster.next_expiry() {
-            wake = wake.min(now.instant + at.since(now.unix));
-        }
-        for connection in self.connections.values() {
-            if let Connection::Waiting { until, .. } = connection {
-                wake = wake.min(*until);
-            }
-        }
-        if let Some(ending) = &self.ending {
-            wake = wake.min(ending.deadline);
-        }
-        wake
-    }
-
-    /// Starts one request of our own membership.
-    fn perform(
-        &mut self,
-        id: RequestId,
-        timeout: Duration,
-        request: impl Future<Output = Result<Reply, RequestError>> + Send + 'static,
-    ) {
-        self.work.spawn(async move {
-            let result = tokio::time::timeout(timeout, request).await.unwrap_or(Err(RequestError::TimedOut));
-            Done::Membership(id, result)
-        });
-    }
-
-    async fn tick(&mut self) {
-        let now = now();
-        let change = self.roster.tick(now);
-        if !change.is_empty() {
-            self.on_change(change).await;
-        }
-        if now.instant >= self.next_retire {
-            self.next_retire = now.instant + RETIRE_EVERY;
-            self.remote.retire_keys(now.instant);
-            self.parts.outgoing.ring.retire(now.instant);
-        }
-        // A peer that lost our membership's key delivery sends it again to a member that looks new.
-        if self.keyless.values().any(|since| now.instant.saturating_duration_since(*since) >= KEYLESS) {
-            self.keyless.clear();
-            self.own.handle(now, Input::Renew);
-        }
-        self.connect_to_members(now.instant);
-    }
-
-    async fn on_done(&mut self, done: Done) {
-        match done {
-            Done::Membership(id, result) => self.own.handle(now(), Input::Reply { id, result }),
-            Done::Key(id, Ok(undelivered)) => self.rollout.handle(now(), KeyInput::Sent { id, undelivered }),
-            Done::Key(id, Err(error)) => {
-                tracing::warn!(%error, "a media key was not sent");
-                self.rollout.handle(now(), KeyInput::SendFailed { id, retry_after: error.retry_after });
-            }
-            Done::View(Ok(view)) => {
-                self.view.reading = false;
-                let change = self.roster.update(now(), view.events, &view.joined);
-                self.on_change(change).await;
-                let created = self.roster.members().iter().find(|m| self.is_us(m)).map(|m| m.created);
-                self.own.handle(now(), Input::OwnSeen(created.is_some()));
-                if let Some(created) = created {
-                    self.own.handle(now(), Input::OwnCreated(created));
-                }
-            }
-            Done::View(Err(error)) => {
-                self.view.reading = false;
-                tracing::warn!(%error, "the room could not be read; the next sync tries again");
-            }
-            Done::Connected(focus, result) => self.on_connected(focus, result).await,
-        }
-    }
-
-    async fn on_connected(&mut self, focus: LiveKitFocus, result: Result<Connected, String>) {
-        let Some(Connection::Connecting { failures }) = self.connections.get(&focus) else {
-            // Nobody publishes there any more.
-            if let Ok((transport, _)) = result {
-                transport.close().await;
-            }
-            return;
         };
-        match result {
-            Ok((transport, events)) => {
-                self.adopt(focus.clone(), transport, events);
-                self.tell(CallEvent::Connected(focus));
-            }
-            Err(reason) => {
-                let failures = failures + 1;
-                let until = instant() + retry_delay(failures);
-                self.connections.insert(focus.clone(), Connection::Waiting { failures, until });
-                self.tell(CallEvent::FocusFailed { focus, reason });
-            }
-        }
+        self.close(reason);
     }
 
-    async fn on_change(&mut self, change: Change) {
-        let others: Vec<Member> = self.roster.members().iter().filter(|m| !self.is_us(m)).cloned().collect();
-        let left: Vec<Member> = change.left.into_iter().filter(|m| !self.is_us(m)).collect();
-        for member in left {
-            if !others.iter().any(|m| m.identity == member.identity) {
-                self.remote.forget_keys(&member.identity);
-                self.keyless.remove(&member.identity);
-            }
-            self.tell(CallEvent::MemberLeft(member));
-        }
-        let joined: Vec<Member> = change.joined.into_iter().filter(|m| !self.is_us(m)).collect();
-        for member in &joined {
-            self.tell(CallEvent::MemberJoined(member.clone()));
-            // Its tracks may have been announced before its membership.
-            if let Some(focus) = &member.focus {
-                for track in self.remote.tracks_of(focus, &member.identity) {
-                    self.tell(CallEvent::TrackUpdated { member: member.clone(), track });
+    fn input(&mut self, input: Input) {
+        self.parts.machine.handle(now(), input);
+    }
+
+    /// Performs what the machine asks for, and says when to look again.
+    fn drain(&mut self) -> Instant {
+        loop {
+            match self.parts.machine.poll(now()) {
+                Output::WaitUntil(at) => return at,
+                Output::Over(reason) => {
+                    self.over = Some(reason);
+                    return now().instant;
                 }
+                output => self.perform(output),
             }
         }
-        // Listeners may have gone; the list is still ours to keep.
-        let _ = self.parts.members.send_replace(others.clone());
-        let now = now();
-        if self.parts.facts.encrypted {
-            self.rollout.handle(now, KeyInput::Members(others.clone()));
-            let outputs = self.inbox.members(now, &others);
-            self.on_inbox(outputs).await;
-        }
-        self.connect_to_members(now.instant);
-        self.disconnect_from_leavers().await;
     }
 
-    async fn on_inbox(&mut self, outputs: Vec<InboxOutput>) {
-        if !self.parts.facts.encrypted {
-            return;
-        }
-        for output in outputs {
-            match output {
-                InboxOutput::Install { identity, index, key } => {
-                    if let Err(error) = self.remote.ring(&identity).set(index, &key) {
-                        tracing::error!(%error, "a media key cannot be used");
-                        continue;
-                    }
-                    let Some(member) = self.member(&identity).cloned() else { continue };
-                    // What came before the key was dropped, so the decoder needs a key frame to start from.
-                    if let Some(focus) = &member.focus
-                        && let Some(Connection::Up { transport }) = self.connections.get(focus)
-                    {
-                        for track in self.remote.tracks_of(focus, &identity) {
-                            if track.codec.is_some_and(|c| !c.is_audio()) {
-                                transport.request_key_frame(&track.sid).await;
+    fn perform(&mut self, output: Output) {
+        match output {
+            Output::Matrix { id, request, timeout } => {
+                let port = Arc::clone(&self.parts.port);
+                self.work.spawn(async move {
+                    let performing = port.perform(request, timeout);
+                    let result = tokio::time::timeout(timeout, performing)
+                        .await
+                        .unwrap_or(Err(RequestError::TimedOut));
+                    Done::Input(Input::Matrix { id, result })
+                });
+            }
+            Output::ReadRoom => {
+                let port = Arc::clone(&self.parts.port);
+                self.work.spawn(async move {
+                    let view = port.room_view().await.map_err(|error| describe(&error));
+                    Done::Input(Input::Room(view))
+                });
+            }
+            Output::SendToDevice { id, batch } => {
+                let (port, to) = (Arc::clone(&self.parts.port), self.outcomes.0.clone());
+                self.work.spawn(async move {
+                    let (outcomes, mut of_batch) = mpsc::channel(64);
+                    let forward = async {
+                        while let Some((device, result)) = of_batch.recv().await {
+                            if to.send((id, device, result)).await.is_err() {
+                                return;
                             }
                         }
-                    }
-                    self.tell(CallEvent::KeyReceived { member, index });
+                    };
+                    tokio::join!(port.send_to_device(batch, outcomes), forward);
+                    Done::Input(Input::BatchDone(id))
+                });
+            }
+            Output::Discover { support, members } => {
+                let (port, connector) = self.outside();
+                self.work.spawn(async move {
+                    Done::Input(Input::Discovered(
+                        connector.discover(port.as_ref(), &support, &members).await,
+                    ))
+                });
+            }
+            Output::Access { connection, access } => {
+                let (port, connector) = self.outside();
+                let task = self.work.spawn(async move {
+                    Done::Access(connection, connector.access(port.as_ref(), &access).await)
+                });
+                self.making.insert(connection, task);
+            }
+            Output::Connect { connection } => {
+                let Some(access) = self.access.get(&connection).cloned() else { return };
+                let connector = Arc::clone(&self.parts.connector);
+                let task = self
+                    .work
+                    .spawn(async move { Done::Connected(connection, connector.connect(&access).await) });
+                self.making.insert(connection, task);
+            }
+            Output::Close { connection } => self.close_connection(connection),
+            Output::Delegate { id, connection, delay_id, delay, timeout } => {
+                let (port, connector) = self.outside();
+                let access = self.access.get(&connection).cloned();
+                self.work.spawn(async move {
+                    let result = match access {
+                        None => Err(RequestError::Unsupported),
+                        Some(access) => {
+                            let delegating =
+                                connector.delegate_leave(port.as_ref(), &access, &delay_id, delay);
+                            tokio::time::timeout(timeout, delegating)
+                                .await
+                                .unwrap_or(Err(RequestError::TimedOut))
+                        }
+                    };
+                    Done::Input(Input::Matrix { id, result: result.map(|()| MatrixReply::Done) })
+                });
+            }
+            Output::Publish { connection, track, spec, encrypted } => {
+                let Some(transport) = self.connections.get(&connection).cloned() else { return };
+                self.work.spawn(async move {
+                    Done::Published(connection, track, transport.publish(track, spec, encrypted).await)
+                });
+            }
+            Output::Unpublish { connection, track } => {
+                if let Some(local) = self.locals.get(&track) {
+                    local.outgoing.remove_outlet(connection);
                 }
-                InboxOutput::Rejected { sender, reason } => {
-                    self.tell(CallEvent::KeyRejected { sender, reason: reason.to_string() });
+                if let Some(transport) = self.connections.get(&connection) {
+                    transport.unpublish(track);
                 }
             }
-        }
-    }
-
-    fn on_own_event(&mut self, event: OwnEvent) {
-        match event {
-            OwnEvent::Status(status) => {
+            Output::TrackReady { track, result } => self.track_ready(track, result),
+            Output::Mute { connection, track, muted } => {
+                if let Some(transport) = self.connections.get(&connection) {
+                    transport.set_muted(track, muted);
+                }
+            }
+            Output::Attach { connection, route } => {
+                let sid = route.from.track.sid.clone();
+                let receiver = Arc::new(TrackReceiver::new(
+                    route,
+                    self.parts.begin,
+                    Arc::clone(&self.parts.sealing),
+                    self.parts.events.clone(),
+                ));
+                if let Some(transport) = self.connections.get(&connection) {
+                    transport.attach(&sid, Some(receiver.clone()));
+                }
+                self.receivers.insert((connection, sid), receiver);
+            }
+            Output::Reroute { connection, route } => {
+                if let Some(receiver) = self.receivers.get(&(connection, route.from.track.sid.clone())) {
+                    receiver.update(route);
+                }
+            }
+            Output::Detach { connection, sid } => {
+                if let Some(transport) = self.connections.get(&connection) {
+                    transport.attach(&sid, None);
+                }
+                if let Some(receiver) = self.receivers.remove(&(connection, sid)) {
+                    receiver.end();
+                }
+            }
+            Output::RequestKeyFrame { connection, sid } => {
+                if let Some(transport) = self.connections.get(&connection) {
+                    transport.request_key_frame(&sid);
+                }
+            }
+            Output::Subscribe { connection, sid, subscription } => {
+                if let Some(transport) = self.connections.get(&connection) {
+                    transport.subscribe(&sid, subscription);
+                }
+            }
+            Output::SendData { connection, reliability, destinations, message } => {
+                let Some(transport) = self.connections.get(&connection) else { return };
+                match self.data.packet(&self.parts.sealing, reliability, destinations, message) {
+                    Ok(packet) => {
+                        if let Err(error) = transport.send_data(packet) {
+                            tracing::warn!(%error, "a data message was dropped");
+                        }
+                    }
+                    Err(error) => tracing::warn!(%error, "a data message was dropped"),
+                }
+            }
+            Output::OpenData { member, ring, packet } => {
+                if let Some(event) = data::open(member, ring, packet) {
+                    self.tell(event);
+                }
+            }
+            Output::Event(event) => self.tell(event),
+            Output::Members(members) => {
+                self.parts.members.send_replace(members);
+            }
+            Output::Tracks(tracks) => {
+                self.parts.tracks.send_replace(tracks);
+            }
+            Output::Status(status) => {
                 self.parts.status.send_replace(status);
             }
-            OwnEvent::ProbablyLeft(left) => self.tell(CallEvent::ProbablyLeft(left)),
-            OwnEvent::DelayedLeaveUnavailable { reason } => {
-                self.tell(CallEvent::DelayedLeaveUnavailable { reason });
-            }
-            OwnEvent::LeaveDelegated => self.tell(CallEvent::LeaveDelegated),
-            OwnEvent::DelegationFailed { reason } => self.tell(CallEvent::DelegationFailed { reason }),
-            OwnEvent::Fatal { message } => self.end(message),
+            Output::WaitUntil(_) | Output::Over(_) => {}
         }
     }
 
-    async fn on_media(&mut self, focus: LiveKitFocus, event: TransportEvent) {
-        match event {
-            TransportEvent::Frame { identity, sid, codec, frame } => {
-                // Membership is Matrix's word; the SFU's participants are only looked up in it.
-                let Some(member) = self.member_on(&focus, &identity).cloned() else {
-                    self.parts.stats.unattributed();
-                    return;
-                };
-                let now = instant();
-                let from = (&focus, &identity, &sid);
-                let bytes = frame.payload.len();
-                let encrypted = self.parts.facts.encrypted;
-                let arrival = |source| Arrival { identity: &identity, sid: &sid, source, codec, bytes };
-                match self.remote.receive(now, from, codec, &frame, encrypted) {
-                    Inbound::Frame { track, frame, index } => {
-                        self.keyless.remove(&identity);
-                        self.parts.stats.opened(now, &arrival(track.source), index);
-                        let event = CallEvent::Frame { member, track, frame };
-                        if self.parts.frames.try_send(event).is_err() {
-                            self.parts.stats.dropped();
-                        }
-                    }
-                    Inbound::Refused { source, reason } => {
-                        if matches!(reason, OpenError::MissingKey(_)) {
-                            self.keyless.entry(identity.clone()).or_insert(now);
-                        }
-                        if self.parts.stats.refused(&arrival(source), reason) {
-                            self.tell(CallEvent::Undecryptable { member, sid, reason });
-                        }
-                    }
-                    Inbound::Silent => {}
-                }
-            }
-            TransportEvent::TrackUpdated { identity, track } => {
-                self.remote.update_track(focus.clone(), identity.clone(), track.clone());
-                if let Some(member) = self.member_on(&focus, &identity).cloned() {
-                    self.tell(CallEvent::TrackUpdated { member, track });
-                }
-            }
-            TransportEvent::TrackEnded { identity, sid } => {
-                self.remote.end_track(&focus, &sid);
-                if let Some(member) = self.member_on(&focus, &identity).cloned() {
-                    self.tell(CallEvent::TrackEnded { member, sid });
-                }
-            }
-            TransportEvent::KeyFrameRequested { track } => self.tell(CallEvent::KeyFrameRequested(track)),
-            TransportEvent::Reconnecting => self.tell(CallEvent::Reconnecting(focus)),
-            TransportEvent::Reconnected => self.tell(CallEvent::Connected(focus)),
-            TransportEvent::Disconnected { reason } if focus == self.parts.focus => {
-                self.end(format!("our focus is gone: {reason}"));
-            }
-            TransportEvent::Disconnected { reason } => {
-                for (identity, sid) in self.remote.end_focus(&focus) {
-                    if let Some(member) = self.member_on(&focus, &identity).cloned() {
-                        self.tell(CallEvent::TrackEnded { member, sid });
-                    }
-                }
-                let until = instant() + retry_delay(1);
-                self.connections.insert(focus.clone(), Connection::Waiting { failures: 1, until });
-                self.tell(CallEvent::FocusFailed { focus, reason });
-            }
-            TransportEvent::ParticipantJoined { .. } | TransportEvent::ParticipantLeft { .. } => {}
-        }
-    }
-
-    /// Starts a connection to every focus that a member publishes to and that has none.
-    fn connect_to_members(&mut self, now: Instant) {
-        if self.ending.is_some() {
-            return;
-        }
-        let wanted: Vec<LiveKitFocus> =
-            self.roster.members().iter().filter_map(|m| m.focus.clone()).collect();
-        for focus in wanted {
-            let failures = match self.connections.get(&focus) {
-                None => 0,
-                Some(Connection::Waiting { failures, until }) if *until <= now => *failures,
-                Some(_) => continue,
-            };
-            self.connections.insert(focus.clone(), Connection::Connecting { failures });
-            let (port, connector) = (self.parts.port.clone(), self.parts.connector.clone());
-            self.work.spawn(async move {
-                let result = connector.connect(&focus, port.as_ref()).await;
-                Done::Connected(focus, result.map_err(|e| describe(&e)))
-            });
-        }
-    }
-
-    /// Ends the connections that no member needs any more; our own stays.
-    async fn disconnect_from_leavers(&mut self) {
-        let needed = |focus: &LiveKitFocus| {
-            *focus == self.parts.focus
-                || self.roster.members().iter().any(|m| m.focus.as_ref() == Some(focus))
-        };
-        let idle: Vec<LiveKitFocus> = self.connections.keys().filter(|f| !needed(f)).cloned().collect();
-        for focus in idle {
-            if let Some(Connection::Up { transport }) = self.connections.remove(&focus) {
-                let _ = tokio::time::timeout(CLOSE_TIMEOUT, transport.close()).await;
-            }
-            self.remote.end_focus(&focus);
-        }
-    }
-
-    fn member(&self, identity: &ParticipantIdentity) -> Option<&Member> {
-        self.roster.members().iter().find(|m| m.identity == *identity && !self.is_us(m))
-    }
-
-    /// The member behind a participant of a focus: its identity, on the focus that it publishes to.
-    fn member_on(&self, focus: &LiveKitFocus, identity: &ParticipantIdentity) -> Option<&Member> {
-        self.member(identity).filter(|m| m.focus.as_ref() == Some(focus))
-    }
-
-    fn is_us(&self, member: &Member) -> bool {
-        member.user_id == self.parts.port.user_id() && member.device_id == self.parts.port.device_id()
+    fn outside(&self) -> (Arc<dyn MatrixPort>, Arc<dyn Connector>) {
+        (Arc::clone(&self.parts.port), Arc::clone(&self.parts.connector))
     }
 
     fn tell(&mut self, event: CallEvent) {
-        match self.parts.control.try_send(event) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                self.end("the application has stopped reading the call's events".to_owned());
+        if self.parts.events.control(event).is_err() {
+            self.input(Input::Leave(EndReason::NotReading));
+        }
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Input(input) => self.input(input),
+            Done::Access(connection, result) => {
+                self.making.remove(&connection);
+                let result = result.map(|access| {
+                    let sfu = access.sfu.clone();
+                    self.access.insert(connection, access);
+                    sfu
+                });
+                self.input(Input::Granted { connection, result });
             }
-            // The application dropped its events but keeps the call: it only sends.
-            Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Done::Connected(connection, result) => {
+                // Given up meanwhile: a connection that nobody waits for is closed.
+                let wanted = self.making.remove(&connection).is_some();
+                let result = match result {
+                    Ok((transport, events)) if wanted => {
+                        self.connections.insert(connection, transport);
+                        self.forward(connection, events);
+                        Ok(())
+                    }
+                    Ok((transport, _)) => return self.close_transport(transport),
+                    Err(failure) => Err(failure),
+                };
+                self.input(Input::Connected { connection, result });
+            }
+            Done::Published(connection, track, result) => {
+                let result = match (result, self.locals.get(&track)) {
+                    (Ok(outlet), Some(local)) => {
+                        local.outgoing.add_outlet(connection, outlet);
+                        Ok(())
+                    }
+                    (Ok(_), None) => {
+                        if let Some(transport) = self.connections.get(&connection) {
+                            transport.unpublish(track);
+                        }
+                        return;
+                    }
+                    (Err(error), _) => Err(describe(&error)),
+                };
+                self.input(Input::Published { connection, track, result });
+            }
+            Done::Nothing => {}
         }
     }
 
-    fn end(&mut self, reason: String) {
-        if self.ending.is_some() {
-            return;
-        }
-        self.own.handle(now(), Input::Leave);
-        let deadline = instant() + LEAVE_TIMEOUT;
-        self.ending = Some(Ending { reason, deadline, waiters: Vec::new() });
+    fn forward(&mut self, connection: ConnectionId, mut events: mpsc::Receiver<TransportEvent>) {
+        let to = self.transport_events.0.clone();
+        self.work.spawn(async move {
+            while let Some(event) = events.recv().await {
+                if to.send((connection, event)).await.is_err() {
+                    break;
+                }
+            }
+            Done::Nothing
+        });
     }
 
-    fn is_over(&self) -> bool {
-        self.ending.as_ref().is_some_and(|ending| {
-            *self.parts.status.borrow() == Status::Disconnected || instant() >= ending.deadline
-        })
-    }
-
-    async fn close(mut self) {
-        for (_, connection) in std::mem::take(&mut self.connections) {
-            if let Connection::Up { transport } = connection {
-                // A goodbye that does not get through is replaced by the SFU's own timeouts.
-                let _ = tokio::time::timeout(CLOSE_TIMEOUT, transport.close()).await;
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::SetIntent(intent) => self.input(Input::SetIntent(intent)),
+            Command::Publish { spec, reply } => {
+                let track = LocalTrackId(self.next_local);
+                self.next_local += 1;
+                let outgoing = Arc::new(Outgoing::new(
+                    track,
+                    spec.clone(),
+                    Arc::clone(&self.parts.sealing),
+                    Arc::clone(&self.locals_changed),
+                ));
+                let muted = spec.muted;
+                self.locals.insert(track, Local { outgoing, waiting: Some(reply), muted });
+                self.input(Input::Publish { track, spec });
+            }
+            Command::Subscribe { member, sid, subscription } => {
+                self.input(Input::Subscribe { member, sid, subscription });
+            }
+            Command::RequestKeyFrame { member, sid } => self.input(Input::RequestKeyFrame { member, sid }),
+            Command::SendData { reliability, to, message } => {
+                self.input(Input::SendData { reliability, to, message });
+            }
+            Command::RotateKey => self.input(Input::RotateKey),
+            Command::Invite(attention) => self.input(Input::Invite(attention)),
+            Command::Decline(invite) => self.input(Input::Decline(invite)),
+            Command::React { emoji, name } => self.input(Input::React { emoji, name }),
+            Command::RaiseHand(raised) => self.input(Input::RaiseHand(raised)),
+            Command::Report(reply) => {
+                // The application may have stopped waiting.
+                let _ = reply.send(self.parts.machine.report(now()));
+            }
+            Command::Leave(done) => {
+                self.leaving.push(done);
+                self.input(Input::Leave(EndReason::Left));
             }
         }
-        self.work.shutdown().await;
-        self.parts.status.send_replace(Status::Disconnected);
-        let Some(ending) = self.ending.take() else { return };
-        // The application may be gone, or have stopped reading: it learns of the end by the closed channel.
-        let _ = self.parts.control.try_send(CallEvent::Ended { reason: ending.reason });
-        for waiter in ending.waiters {
+    }
+
+    /// Tracks that the application dropped or muted since the last look.
+    fn sync_locals(&mut self) {
+        let dropped: Vec<_> = self
+            .locals
+            .iter()
+            .filter(|(_, local)| {
+                local.outgoing.is_dropped() || local.waiting.as_ref().is_some_and(oneshot::Sender::is_closed)
+            })
+            .map(|(track, _)| *track)
+            .collect();
+        for track in dropped {
+            self.input(Input::Unpublish(track));
+            // The machine's outputs about the track still find it.
+            self.drain();
+            self.locals.remove(&track);
+        }
+        let mut changes = Vec::new();
+        for (track, local) in &mut self.locals {
+            let muted = local.outgoing.is_muted();
+            if std::mem::replace(&mut local.muted, muted) != muted {
+                changes.push((*track, muted));
+            }
+        }
+        for (track, muted) in changes {
+            self.input(Input::SetMuted { track, muted });
+        }
+    }
+
+    fn track_ready(&mut self, track: LocalTrackId, result: Result<(), String>) {
+        let Some(local) = self.locals.get_mut(&track) else { return };
+        let Some(waiting) = local.waiting.take() else { return };
+        let handle = result.map(|()| LocalTrack::new(Arc::clone(&local.outgoing)));
+        let failed = handle.is_err();
+        // A publisher that has stopped waiting drops the handle, which ends the track.
+        drop(waiting.send(handle));
+        if failed {
+            self.locals.remove(&track);
+        }
+    }
+
+    fn close_connection(&mut self, connection: ConnectionId) {
+        self.access.remove(&connection);
+        if self.connections.contains_key(&connection) {
+            self.making.remove(&connection);
+        } else if let Some(task) = self.making.remove(&connection) {
+            task.abort();
+        }
+        for local in self.locals.values() {
+            local.outgoing.remove_outlet(connection);
+        }
+        self.receivers.retain(|(of, _), receiver| {
+            if *of == connection {
+                receiver.end();
+            }
+            *of != connection
+        });
+        if let Some(transport) = self.connections.remove(&connection) {
+            self.close_transport(transport);
+        }
+    }
+
+    fn close_transport(&mut self, transport: Arc<dyn MediaTransport>) {
+        // Its own task, not the call's work: a goodbye may outlive the call.
+        tokio::spawn(async move {
+            if tokio::time::timeout(CLOSE_TIMEOUT, transport.close()).await.is_err() {
+                tracing::debug!("a connection did not close in time");
+            }
+        });
+    }
+
+    fn close(mut self, reason: EndReason) {
+        for connection in self.connections.keys().copied().collect::<Vec<_>>() {
+            self.close_connection(connection);
+        }
+        self.work.abort_all();
+        self.parts.status.send_replace(CallStatus::Over);
+        self.parts.events.end(CallEvent::Ended(reason));
+        for waiter in self.leaving {
+            // The application may have stopped waiting.
             let _ = waiter.send(());
         }
     }
 }
 
+/// The next item of a channel; never, once it has closed.
+async fn next<T>(channel: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
+    match channel {
+        Some(channel) => channel.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The runtime's clock, which tests can drive.
-fn instant() -> Instant {
-    tokio::time::Instant::now().into_std()
-}
-
-fn now() -> Now {
+pub(super) fn now() -> Now {
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Now { instant: instant(), unix: UnixMillis(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)) }
-}
-
-/// What the failure of a delegation means to the membership: whether it is worth another try.
-fn delegation_error(error: &FocusError) -> RequestError {
-    match error {
-        FocusError::Refused { status: 429, .. } => RequestError::RateLimited { retry_after: None },
-        FocusError::Refused { status: 500.., .. } | FocusError::Http { .. } | FocusError::Matrix(_) => {
-            RequestError::Network
-        }
-        FocusError::Refused { .. }
-        | FocusError::Malformed { .. }
-        | FocusError::NoFocus { .. }
-        | FocusError::NoDelegation => RequestError::Other { message: describe(error) },
+    Now {
+        instant: tokio::time::Instant::now().into_std(),
+        unix: UnixMillis(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)),
     }
 }
 
 /// An error with its causes on one line.
-fn describe(error: &dyn std::error::Error) -> String {
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {

@@ -1,16 +1,16 @@
-//! How much of a frame stays in clear, for each codec.
+//! Clear bytes of a frame, for each codec.
 
 use super::h26x::{self, Family};
 use crate::media::Codec;
 
-/// The way frames of one codec are divided into clear and sealed bytes.
+/// How frames of one codec are divided into clear and sealed bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rule {
     /// Audio: the first byte, Opus's table of contents.
     FirstByte,
     /// VP8: the frame header, 10 bytes of a key frame and 3 of any other.
     Vp8,
-    /// VP9: nothing, as what forwarders need is in the payload descriptor.
+    /// VP9: no clear byte, because forwarders read the payload descriptor outside the frame.
     Nothing,
     /// H.264 and H.265: up to the second byte of the first slice.
     UpToSlice(Family),
@@ -28,7 +28,7 @@ impl Rule {
         }
     }
 
-    /// Divides a frame, plain or sealed: both give the same answer, as only clear bytes are looked at.
+    /// Divides a frame, plain or sealed: both give the same answer, because it depends on clear bytes only.
     pub(super) fn layout(self, frame: &[u8]) -> Layout {
         match self {
             Self::FirstByte => Layout { clear: 1, escaped: false },
@@ -36,7 +36,7 @@ impl Rule {
             Self::Nothing => Layout { clear: 0, escaped: false },
             Self::UpToSlice(family) => match h26x::first_slice(family, frame) {
                 Some(slice) => Layout { clear: slice + h26x::CLEAR_OF_SLICE, escaped: true },
-                // What livekit-client does with a unit that has no slice. Only receivers get here.
+                // livekit-client's fallback for a unit without a slice. Only receivers get here.
                 None => Layout { clear: vp8_clear(frame), escaped: false },
             },
         }
@@ -55,9 +55,9 @@ fn vp8_clear(frame: &[u8]) -> usize {
     if frame.first().is_some_and(|first| first & 1 == 0) { 10 } else { 3 }
 }
 
-/// Clients do not agree on how frames of this codec are encrypted, so none is.
+/// Clients do not agree on how to encrypt frames of this codec, so it cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} cannot be used in an encrypted call: clients do not agree how to encrypt it; use another codec"
+    "{0:?} cannot be used in an encrypted call: clients do not agree on how to encrypt it; use another codec"
 )]
 pub struct UnsupportedCodec(pub Codec);

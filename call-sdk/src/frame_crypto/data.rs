@@ -1,13 +1,12 @@
-//! Data packets (LiveKit's `EncryptedPacket`): the same keys as media, no clear bytes, the IV in a field of its own.
+//! Data packets (LiveKit's `EncryptedPacket`): the same keys as media, no clear bytes, the IV in a separate field.
 
 use std::fmt;
 
 use super::{
     TAG_LEN,
     iv::{Iv, IvSource},
-    key::Refused,
     open::OpenError,
-    ring::KeyRing,
+    ring::{KeyFinder, KeyRing},
     seal::SealError,
 };
 use crate::key::KeyIndex;
@@ -20,7 +19,7 @@ use crate::key::KeyIndex;
 pub struct SealedData {
     /// The initialisation vector.
     pub iv: [u8; 12],
-    /// Where the sender's key is.
+    /// Index of the sender's key.
     pub index: KeyIndex,
     /// Ciphertext and tag.
     pub value: Vec<u8>,
@@ -28,7 +27,7 @@ pub struct SealedData {
 
 /// Seals our data packets.
 pub struct DataEncryptor {
-    ring: KeyRing,
+    keys: KeyFinder,
     ivs: IvSource,
 }
 
@@ -36,35 +35,37 @@ impl DataEncryptor {
     /// An encryptor with the keys of `ring`: our own ring.
     #[must_use]
     pub fn new(ring: KeyRing) -> Self {
-        Self { ring, ivs: IvSource::default() }
+        Self { keys: KeyFinder::new(ring), ivs: IvSource::default() }
     }
 
     /// Seals `plain`, an encoded `EncryptedPacketPayload`, under the key at `index`.
     ///
     /// # Errors
-    /// A [`SealError`]: the packet must not be sent.
+    /// A [`SealError`]: drop the packet.
     pub fn seal(&mut self, index: KeyIndex, plain: &[u8]) -> Result<SealedData, SealError> {
-        let key = self.ring.find(index).ok_or(SealError::MissingKey(index))?;
-        let iv = self.ivs.next(&key)?;
-        let mut value = vec![0; plain.len() + TAG_LEN];
-        key.seal(iv, &[], plain, &mut value)?;
+        let key = self.keys.find(index).ok_or(SealError::MissingKey(index))?;
+        let iv = self.ivs.next(key)?;
+        let mut value = Vec::with_capacity(plain.len() + TAG_LEN);
+        value.resize(plain.len(), 0);
+        let mut tag = [0; TAG_LEN];
+        key.seal(index, iv, &[], plain, &mut value, &mut tag)?;
+        value.extend_from_slice(&tag);
         Ok(SealedData { iv, index, value })
     }
 
     #[cfg(test)]
     pub(super) fn start_ivs_at(&mut self, index: KeyIndex, first: Iv) {
-        let key = self.ring.find(index).unwrap();
-        self.ivs = IvSource::starting_at(&key, first);
+        self.ivs = IvSource::starting_at(self.keys.find(index).unwrap(), first);
     }
 }
 
 impl fmt::Debug for DataEncryptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DataEncryptor").field("ring", &self.ring).finish_non_exhaustive()
+        f.debug_struct("DataEncryptor").field("ring", &self.keys).finish_non_exhaustive()
     }
 }
 
-/// Opens the data packets of one member. A replay is dropped, also one of the member's media frames.
+/// Opens the data packets of one member. Replays are recognised, also across data and media of the member.
 #[derive(Debug)]
 pub struct DataDecryptor {
     ring: KeyRing,
@@ -77,20 +78,17 @@ impl DataDecryptor {
         Self { ring }
     }
 
-    /// Opens a packet from its fields. The packet's `encryption_type` is not asked for: deployed clients leave it
-    /// at "none" on packets they did encrypt.
+    /// Opens a packet from its fields. The packet's `encryption_type` does not matter: deployed clients leave it at
+    /// "none" on packets that they encrypt.
     ///
     /// # Errors
-    /// An [`OpenError`]: the packet must be dropped.
+    /// An [`OpenError`]: drop the packet.
     pub fn open(&self, iv: &[u8], index: KeyIndex, value: &[u8]) -> Result<Vec<u8>, OpenError> {
         let iv = Iv::try_from(iv).map_err(|_| OpenError::NotSealed)?;
         let key = self.ring.find(index).ok_or(OpenError::MissingKey(index))?;
-        let plain_len = value.len().checked_sub(TAG_LEN).ok_or(OpenError::TooShort(value.len()))?;
-        let mut plain = vec![0; plain_len];
-        match key.open(iv, &[], value, &mut plain) {
-            Ok(()) => Ok(plain),
-            Err(Refused::Unauthentic) => Err(OpenError::Unauthentic(index)),
-            Err(Refused::Replayed) => Err(OpenError::Replayed(index)),
-        }
+        let (ciphertext, tag) = value.split_last_chunk().ok_or(OpenError::TooShort(value.len()))?;
+        let mut plain = vec![0; ciphertext.len()];
+        key.open(index, iv, &[], ciphertext, tag, &mut plain)?;
+        Ok(plain)
     }
 }

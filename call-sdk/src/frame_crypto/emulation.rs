@@ -2,8 +2,8 @@
 
 const ESCAPE: u8 = 3;
 
-/// Escapes `buffer` from `from` on. The bytes before are not looked at, not even as the start of a run of zeros:
-/// so do all peers.
+/// Escapes `buffer` from `from` on. Earlier bytes do not count, not even as the start of a run of zeros, as in all
+/// clients.
 pub(super) fn escape(buffer: &mut Vec<u8>, from: usize, scratch: &mut Vec<u8>) {
     let Some(first) = find(&buffer[from..], |third| third <= ESCAPE) else { return };
     scratch.clear();
@@ -19,8 +19,7 @@ pub(super) fn escape(buffer: &mut Vec<u8>, from: usize, scratch: &mut Vec<u8>) {
     buffer.extend_from_slice(rest);
 }
 
-/// Removes escapes from `escaped`: the bytes themselves if there are none, else a copy in `scratch` that is never
-/// longer.
+/// Removes escapes: returns `escaped` itself if it has none, else a copy in `scratch`, which is shorter.
 pub(super) fn unescape<'a>(escaped: &'a [u8], scratch: &'a mut Vec<u8>) -> &'a [u8] {
     let is_escape = |third| third == ESCAPE;
     let Some(first) = find(escaped, is_escape) else { return escaped };
@@ -35,9 +34,9 @@ pub(super) fn unescape<'a>(escaped: &'a [u8], scratch: &'a mut Vec<u8>) -> &'a [
     scratch
 }
 
-/// Position of the first two zeros that are followed by a byte that `matches`.
+/// Position of the first two zeros followed by a byte that `matches`.
 fn find(bytes: &[u8], matches: impl Fn(u8) -> bool) -> Option<usize> {
-    /// Sealed bytes are random: a pair of zeros is in one block out of a thousand. Looking for a pair first, a
+    /// Sealed bytes are random, so one block in a thousand has a pair of zeros. Searching for a pair first, one
     /// block at a time and without a branch per byte, is several times faster than a state machine.
     const BLOCK: usize = 64;
     let mut start = 0;
@@ -63,7 +62,7 @@ mod tests {
 
     use super::*;
 
-    /// The rule as it is written in the standard, one byte at a time.
+    /// The rule as the standard states it, one byte at a time.
     fn reference(raw: &[u8]) -> Vec<u8> {
         let (mut out, mut zeros) = (Vec::new(), 0);
         for byte in raw {
@@ -83,7 +82,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn escaping_is_the_rule_of_the_standard(raw in mostly_zeros(), from in 0..400usize) {
+        fn escaping_follows_the_standard(raw in mostly_zeros(), from in 0..400usize) {
             let from = from.min(raw.len());
             let mut buffer = raw.clone();
             escape(&mut buffer, from, &mut Vec::new());
@@ -92,7 +91,7 @@ mod tests {
         }
 
         #[test]
-        fn unescaping_undoes_it(raw in mostly_zeros(), trailer in 4u8..) {
+        fn unescaping_reverses_escaping(raw in mostly_zeros(), trailer in 4u8..) {
             let raw = [&raw[..], &[0x0c, trailer]].concat();
             let mut escaped = raw.clone();
             escape(&mut escaped, 0, &mut Vec::new());
@@ -108,11 +107,11 @@ mod tests {
     }
 
     #[test]
-    fn a_bomb_of_escapes_takes_no_more_room_than_itself() {
-        let bomb = [0, 0, 3].repeat(1 << 18);
-        let mut scratch = Vec::with_capacity(bomb.len());
+    fn megabyte_of_escapes_takes_no_more_memory_than_itself() {
+        let escapes = [0, 0, 3].repeat(1 << 18);
+        let mut scratch = Vec::with_capacity(escapes.len());
         let capacity = scratch.capacity();
-        assert_eq!(unescape(&bomb, &mut scratch).len(), 2 << 18);
+        assert_eq!(unescape(&escapes, &mut scratch).len(), 2 << 18);
         assert_eq!(scratch.capacity(), capacity);
     }
 }

@@ -1,26 +1,26 @@
-//! H.264 and H.265 access units in Annex B form: finding the first slice, and writing a header that survives
-//! the transport.
+//! H.264 and H.265 access units in Annex B form: finding the first slice, and writing a header that transports do
+//! not change.
 
 use super::seal::SealError;
 
 /// Bytes of the first slice that stay in clear, so that packetisers and SFUs still read its type.
 pub(super) const CLEAR_OF_SLICE: usize = 2;
 
-/// libwebrtc keeps the number of clear bytes in a `uint8_t`; beyond it even two of its clients fail.
+/// libwebrtc keeps the number of clear bytes in a `uint8_t`; above 255 its clients cannot open frames.
 const MAX_CLEAR: usize = 255;
 
 const START_CODE: [u8; 4] = [0, 0, 0, 1];
 
-/// Which of the two standards names the NAL units.
+/// The standard that defines the types of NAL units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
     H264,
     H265,
 }
 
-/// Offset of the first slice NAL unit, just behind its start code.
+/// Offset of the first slice NAL unit, after its start code.
 ///
-/// `None` if there is no slice or other bytes than zeros precede the first start code. A last unit of fewer than
+/// `None` if there is no slice, or if bytes other than zero precede the first start code. A last unit of fewer than
 /// four bytes does not count: livekit-client's scan ends there.
 pub(super) fn first_slice(family: Family, unit: &[u8]) -> Option<usize> {
     let code = start_code(unit, 0)?;
@@ -37,12 +37,12 @@ pub(super) fn first_slice(family: Family, unit: &[u8]) -> Option<usize> {
     None
 }
 
-/// Writes the clear part of `unit` into `header` in the one form that every transport hands on unchanged, and
-/// returns how many bytes of `unit` it stands for.
+/// Writes the clear part of `unit` into `header` in the one form that every transport passes on unchanged, and
+/// returns the number of bytes of `unit` that it replaces.
 ///
-/// The clear bytes are authenticated, so what a packetiser drops or a depacketiser rewrites there costs the
-/// frame. Hence: four-byte start codes, no delimiters or filler (dropped silently by packetisers), one of each
-/// parameter set directly before the slice, and at most 255 bytes, for which supplemental information gives way.
+/// The clear bytes are authenticated, so the frame is lost if a packetiser drops or a depacketiser rewrites any of
+/// them. Hence: four-byte start codes, no delimiters or filler (dropped silently by packetisers), one of each
+/// parameter set directly before the slice, and at most 255 bytes, if need be without supplemental information.
 pub(super) fn canonical_header(
     family: Family,
     unit: &[u8],
@@ -83,7 +83,7 @@ fn write_header(
                     return Err(SealError::ParameterSets);
                 }
             }
-            // Past the limit there is nothing more to learn, and a hostile encoder must not make us copy it all.
+            // Beyond the limit the result is known, and a hostile encoder must not make us copy the rest.
             Role::Supplemental | Role::Slice | Role::Other if header.len() > MAX_CLEAR => {}
             Role::Supplemental | Role::Slice | Role::Other => push(header, nalu),
         }
@@ -100,11 +100,11 @@ fn push(header: &mut Vec<u8>, nalu: &[u8]) {
     header.extend_from_slice(nalu);
 }
 
-/// What a NAL unit is to a packetiser.
+/// Treatment of a NAL unit by packetisers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Slice,
-    /// With its place in the order of sets.
+    /// With its position in the order of sets.
     ParameterSet(usize),
     Supplemental,
     /// Delimiter or filler.
@@ -135,11 +135,11 @@ impl Family {
     }
 }
 
-/// Position of the next `00 00 01` at or after `from` that has a byte behind it.
+/// Position of the next `00 00 01` at or after `from` that is followed by a byte.
 fn start_code(unit: &[u8], from: usize) -> Option<usize> {
     let mut position = from;
     while position + 3 < unit.len() {
-        // The third byte says how far the code can be moved at least.
+        // The third byte gives the distance to the next possible code.
         position += match unit[position + 2] {
             0 => 1,
             1 if unit[position] == 0 && unit[position + 1] == 0 => return Some(position),
@@ -155,7 +155,7 @@ mod tests {
 
     use super::*;
 
-    /// livekit-client's rules for a scan, one after the other and without any economy.
+    /// livekit-client's rules for a scan, literally.
     fn reference(family: Family, unit: &[u8]) -> Option<usize> {
         let codes: Vec<_> =
             (0..unit.len().saturating_sub(3)).filter(|at| unit[*at..*at + 3] == [0, 0, 1]).collect();
@@ -172,7 +172,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_scan_is_that_of_livekit_client(
+        fn scan_agrees_with_livekit_client(
             zeros in 0..4usize,
             bytes in proptest::collection::vec(prop_oneof![6 => 0..2u8, 1 => any::<u8>()], 0..60),
         ) {
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn delimiters_go_codes_become_long_and_sets_move_to_the_slice() {
+    fn header_loses_delimiters_and_gets_long_codes_and_sets_at_the_slice() {
         let unit = [
             &[0, 0, 1, 9, 16, 0, 0, 1, 0x67, 1, 0, 0, 0, 1, 0x68, 2, 0, 0, 1, 6, 3][..],
             &[0, 0, 1, 0x65, 4, 5, 6],
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn supplemental_information_gives_way_to_the_limit() {
+    fn header_above_the_limit_loses_supplemental_information() {
         let mut unit = [&[0, 0, 0, 1, 6][..], &[7; 300], &[0, 0, 0, 1, 0x41, 1, 2, 3]].concat();
         assert_eq!(canonical(&unit).unwrap().0, [0, 0, 0, 1, 0x41, 1]);
         unit[4] = 0x67;
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_may_repeat_but_not_differ() {
+    fn repeated_set_is_merged_and_second_set_is_refused() {
         let repeated = [0, 0, 1, 0x67, 1, 0, 0, 1, 0x67, 1, 0, 0, 1, 0x65, 4, 5, 6];
         assert_eq!(canonical(&repeated).unwrap().0, [0, 0, 0, 1, 0x67, 1, 0, 0, 0, 1, 0x65, 4]);
         let differing = [0, 0, 1, 0x67, 1, 0, 0, 1, 0x67, 2, 0, 0, 1, 0x65, 4, 5, 6];
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_without_a_slice_is_refused() {
+    fn unit_without_a_slice_is_refused() {
         for unit in [
             &[0, 0, 1, 0x67, 1, 2, 3][..],
             &[1, 2, 3, 4, 5],

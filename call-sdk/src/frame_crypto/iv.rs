@@ -1,18 +1,18 @@
 //! The sender's initialisation vectors.
 
-use aws_lc_rs::rand;
+use rand::{TryRngCore as _, rngs::OsRng};
 
 use super::{derive::CryptoFailed, key::FrameKey, seal::SealError};
 
 pub(super) const IV_LEN: usize = 12;
 
-/// The nonce of one frame, in clear at its end.
+/// Initialisation vector of one frame, in clear at its end.
 pub(super) type Iv = [u8; IV_LEN];
 
-/// Where the counter part of an IV begins.
+/// Bytes of an IV before its counter.
 const PREFIX_LEN: usize = 6;
 
-/// The IVs of one encryptor: a fresh random sequence for each key it meets.
+/// The IVs of one encryptor: a new random sequence whenever the key changes.
 #[derive(Default)]
 pub(super) struct IvSource {
     current: Option<(u64, IvSequence)>,
@@ -24,7 +24,7 @@ impl IvSource {
         key.spend()?;
         let sequence = match &mut self.current {
             Some((id, sequence)) if *id == key.id() => sequence,
-            // Coming back to an earlier key draws anew: a clash then needs the same 48-bit prefix.
+            // Also after a return to an earlier key: a clash then needs the same 48-bit prefix.
             current => &mut current.insert((key.id(), IvSequence::random()?)).1,
         };
         Ok(sequence.next())
@@ -36,11 +36,11 @@ impl IvSource {
     }
 }
 
-/// Six random bytes, then a six-digit counter to the base 255 that starts anywhere and wraps.
+/// Six random bytes, then a six-digit counter in base 255 that starts at a random value and wraps.
 ///
 /// No byte is zero, so no emulation-prevention escape can fall inside an IV: libwebrtc of 2024 reads the IV
-/// before it unescapes. Neither SSRC nor time goes in, so two tracks, a restart or a cloned process cannot
-/// repeat an IV; the counter has 2.7e14 states and the key is refused after 2^32 frames.
+/// before it unescapes. An IV does not depend on SSRC or time, so two tracks, a restart or a cloned process do not
+/// repeat one. The counter has 2.7e14 states, and the key is refused after 2^32 frames.
 struct IvSequence {
     next: Iv,
 }
@@ -51,7 +51,8 @@ impl IvSequence {
         // Redrawing the zeros alone leaves every byte uniform on 1..=255.
         while next.contains(&0) {
             let mut drawn = [0; IV_LEN];
-            rand::fill(&mut drawn).map_err(|_| CryptoFailed)?;
+            // Not a generator in this process: a clone of the process would draw the same.
+            OsRng.try_fill_bytes(&mut drawn).map_err(|_| CryptoFailed)?;
             for (byte, drawn) in next.iter_mut().zip(drawn).filter(|(byte, _)| **byte == 0) {
                 *byte = drawn;
             }
@@ -79,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_counter_crosses_its_end_without_repeating() {
+    fn counter_wraps_without_repeating() {
         let mut last = [255; IV_LEN];
         last[IV_LEN - 1] = 250;
         let mut sequence = IvSequence { next: last };
@@ -90,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_digit_carries_into_the_one_before() {
+    fn digit_carries_into_the_one_before() {
         let mut sequence = IvSequence { next: [9, 9, 9, 9, 9, 9, 1, 1, 1, 7, 255, 255] };
         sequence.next();
         assert_eq!(sequence.next(), [9, 9, 9, 9, 9, 9, 1, 1, 1, 8, 1, 1]);

@@ -1,58 +1,57 @@
-//! One key of a ring, ready for use.
+//! One key of a ring, and what is remembered about its use.
 
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use aws_lc_rs::{
-    aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey},
-    digest,
+use super::{
+    TAG_LEN,
+    aead::{AES_KEY_LEN, Cipher},
+    derive,
+    iv::Iv,
+    open::OpenError,
+    replay::ReplayWindow,
+    seal::SealError,
 };
-use zeroize::Zeroizing;
+use crate::key::KeyIndex;
 
-use super::{TAG_LEN, derive::CryptoFailed, iv::Iv, replay::ReplayWindow, seal::SealError};
+/// Frames that one key may seal, over all encryptors that use it: the limit of NIST SP 800-38D §8.3 for random
+/// IVs. A rotation has to come before ([`KeyRing::sealed`](super::KeyRing::sealed)).
+pub const MAX_SEALED: u64 = 1 << 32;
 
-/// Length of the AES key; native and Go clients know no other.
-pub(super) const AES_KEY_LEN: usize = 16;
-
-/// Frames one key may seal, over all encryptors that use it: the bound of NIST SP 800-38D §8.3.
-pub(super) const MAX_SEALED: u64 = 1 << 32;
-
-/// An expanded AES-GCM key and what is remembered about its use. AWS-LC wipes the key schedule when it frees it,
-/// so the key is gone with the last reference.
+/// A key, and the memory of its use. The memory outlives the key: [`FrameKey::wipe`] takes the key away, and
+/// [`FrameKey::restore`] continues with the same budget and the same replay window.
 pub(super) struct FrameKey {
     id: u64,
     fingerprint: Fingerprint,
-    aead: LessSafeKey,
-    opened: Arc<Mutex<ReplayWindow>>,
-    uses: AtomicU64,
+    state: RwLock<State>,
     sealed: AtomicU64,
+}
+
+/// One lock for both: opening a frame takes it once. Frames under one key are opened one at a time, and sealed
+/// side by side.
+struct State {
+    /// `None` after a wipe.
+    cipher: Option<Cipher>,
+    window: ReplayWindow,
 }
 
 /// Tells equal keys from different ones without keeping them.
 pub(super) type Fingerprint = [u8; 32];
 
 impl FrameKey {
-    /// `opened` lets two slots that hold the same key share one memory of what was opened: the index is not
-    /// authenticated, so an SFU could otherwise replay a frame under the other index.
-    pub(super) fn new(
-        aes_key: &[u8; AES_KEY_LEN],
-        opened: Arc<Mutex<ReplayWindow>>,
-    ) -> Result<Self, CryptoFailed> {
+    pub(super) fn new(fingerprint: Fingerprint, cipher: Cipher) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let aead = UnboundKey::new(&AES_128_GCM, aes_key).map_err(|_| CryptoFailed)?;
-        Ok(Self {
+        Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            fingerprint: fingerprint(aes_key),
-            aead: LessSafeKey::new(aead),
-            opened,
-            uses: AtomicU64::new(0),
+            fingerprint,
+            state: RwLock::new(State { cipher: Some(cipher), window: ReplayWindow::default() }),
             sealed: AtomicU64::new(0),
-        })
+        }
     }
 
     /// Unlike an address, never given to a second key.
@@ -64,13 +63,24 @@ impl FrameKey {
         &self.fingerprint
     }
 
-    pub(super) fn opened(&self) -> &Arc<Mutex<ReplayWindow>> {
-        &self.opened
+    /// Wipes the key, also for those who still hold a reference. Waits for a frame being sealed or opened.
+    pub(super) fn wipe(&self) {
+        self.write().cipher = None;
+    }
+
+    /// Puts the same key back after a wipe.
+    pub(super) fn restore(&self, cipher: Cipher) {
+        self.write().cipher = Some(cipher);
+    }
+
+    /// Frames sealed so far.
+    pub(super) fn sealed(&self) -> u64 {
+        self.sealed.load(Ordering::Relaxed).min(MAX_SEALED)
     }
 
     /// Frames sealed and frames opened so far.
     pub(super) fn uses(&self) -> u64 {
-        self.uses.load(Ordering::Relaxed)
+        self.sealed() + self.read().window.opened()
     }
 
     /// Takes one frame off the budget of this key.
@@ -87,37 +97,54 @@ impl FrameKey {
         self.sealed.store(MAX_SEALED - frames, Ordering::Relaxed);
     }
 
-    /// Seals `plain` into `sealed`, which is 16 bytes longer.
+    #[cfg(test)]
+    pub(super) fn is_wiped(&self) -> bool {
+        self.read().cipher.is_none()
+    }
+
+    /// Encrypts `plain` into `ciphertext`, which has the same length. `index` is where this key is, for the error.
+    #[inline]
     pub(super) fn seal(
         &self,
+        index: KeyIndex,
         iv: Iv,
         aad: &[u8],
         plain: &[u8],
-        sealed: &mut [u8],
-    ) -> Result<(), CryptoFailed> {
-        let (ciphertext, tag) = sealed.split_at_mut_checked(plain.len()).ok_or(CryptoFailed)?;
-        let nonce = Nonce::assume_unique_for_key(iv);
-        self.aead
-            .seal_out_of_place_scatter(nonce, Aad::from(aad), plain, ciphertext, &[], tag)
-            .map_err(|_| CryptoFailed)?;
-        self.uses.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        ciphertext: &mut [u8],
+        tag: &mut [u8; TAG_LEN],
+    ) -> Result<(), SealError> {
+        let state = self.read();
+        let cipher = state.cipher.as_ref().ok_or(SealError::MissingKey(index))?;
+        Ok(cipher.seal(iv, aad, plain, ciphertext, tag)?)
     }
 
-    /// Opens `sealed` into `plain`, which is 16 bytes shorter, and remembers the IV.
-    pub(super) fn open(&self, iv: Iv, aad: &[u8], sealed: &[u8], plain: &mut [u8]) -> Result<(), Refused> {
-        let (ciphertext, tag) =
-            sealed.split_at_checked(sealed.len().saturating_sub(TAG_LEN)).ok_or(Refused::Unauthentic)?;
-        let nonce = Nonce::assume_unique_for_key(iv);
-        self.aead
-            .open_separate_gather(nonce, Aad::from(aad), ciphertext, tag, plain)
-            .map_err(|_| Refused::Unauthentic)?;
+    /// Decrypts `ciphertext` into `plain`, which has the same length, and remembers the IV. After an error `plain`
+    /// must not be used: a replayed frame was decrypted before it was recognised.
+    #[inline]
+    pub(super) fn open(
+        &self,
+        index: KeyIndex,
+        iv: Iv,
+        aad: &[u8],
+        ciphertext: &[u8],
+        tag: &[u8; TAG_LEN],
+        plain: &mut [u8],
+    ) -> Result<(), OpenError> {
+        let mut state = self.write();
+        let State { cipher, window } = &mut *state;
+        let cipher = cipher.as_ref().ok_or(OpenError::MissingKey(index))?;
+        cipher.open(iv, aad, ciphertext, tag, plain).map_err(|_| OpenError::Unauthentic(index))?;
         // Only now: an IV that was never authenticated must not push out one that was.
-        if !self.opened.lock().unwrap_or_else(PoisonError::into_inner).insert(iv) {
-            return Err(Refused::Replayed);
-        }
-        self.uses.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        if window.insert(iv) { Ok(()) } else { Err(OpenError::Replayed(index)) }
+    }
+
+    // A panic while the lock is held leaves a whole state behind, so a poisoned lock is as good as any.
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -127,19 +154,6 @@ impl fmt::Debug for FrameKey {
     }
 }
 
-/// Why a key did not give a plaintext.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refused {
-    Unauthentic,
-    Replayed,
-}
-
 pub(super) fn fingerprint(aes_key: &[u8; AES_KEY_LEN]) -> Fingerprint {
-    const LABEL: &[u8; 22] = b"Antiphon frame key id:";
-    let mut input = Zeroizing::new([0; LABEL.len() + AES_KEY_LEN]);
-    input[..LABEL.len()].copy_from_slice(LABEL);
-    input[LABEL.len()..].copy_from_slice(aes_key);
-    let mut output = [0; 32];
-    output.copy_from_slice(digest::digest(&digest::SHA256, input.as_slice()).as_ref());
-    output
+    derive::sha256(&[b"Antiphon frame key id:", aes_key])
 }

@@ -1,4 +1,5 @@
-//! LiveKit-compatible frame encryption: what leaves a sender is sealed, what reaches an application was opened.
+//! LiveKit-compatible frame encryption: every frame is sealed before it leaves a sender, and opened before an
+//! application sees it.
 //!
 //! A frame on the wire is
 //!
@@ -7,14 +8,14 @@
 //!  '--- AAD ----'                                      '-- trailer ---'
 //! ```
 //!
-//! AES-128-GCM, 30 bytes of overhead. C depends on the codec ([`FrameEncryptor`]); in H.264 and H.265 all that
-//! follows the clear bytes is emulation-prevention escaped, so that packetisers see one NAL unit. Keys are
-//! derived from a [`MediaKey`](crate::key::MediaKey) by HKDF and live in the [`KeyRing`] of their sender.
+//! AES-128-GCM, 30 bytes of overhead. C depends on the codec ([`FrameEncryptor`]); in H.264 and H.265 the part after
+//! the clear bytes is emulation-prevention escaped, so that packetisers see one NAL unit. Keys are derived from a
+//! [`MediaKey`](crate::key::MediaKey) by HKDF and live in the [`KeyRing`] of their sender.
 //!
 //! ```
 //! use std::time::Instant;
 //! use antiphon_call_sdk::frame_crypto::{FrameDecryptor, FrameEncryptor, KeyRing, Opened};
-//! use antiphon_call_sdk::{key::{KeyIndex, MediaKey}, media::Codec};
+//! use antiphon_call_sdk::{Codec, KeyIndex, MediaKey};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let now = Instant::now();
@@ -32,23 +33,26 @@
 //!
 //! # What it refuses
 //!
-//! - To send plaintext. An encryptor cannot be built without a key ring; no key at the index asked for is an
-//!   error, not a frame.
-//! - To hand over anything that did not open under a key of the ring. A frame that fails is an [`OpenError`] and
-//!   an empty buffer. Whether a call is encrypted is Matrix's business; nothing here asks the SFU.
-//! - To give up on a key. A bad frame costs one GCM pass at most, and never any later good frame.
-//! - AV1, which deployed clients do not agree how to encrypt: refused at construction.
+//! - To send plaintext. An encryptor needs a key ring, and a missing key is an error, not a frame.
+//! - To deliver a frame that did not open under a key of the ring. A failed frame is an [`OpenError`] and an empty
+//!   buffer. Whether a call is encrypted is decided by Matrix; nothing here asks the SFU.
+//! - To give up on a key. A bad frame costs at most one pass of the cipher, and no later good frame is lost.
+//! - To deliver a frame twice. A replayed frame is dropped, also after its key was wiped and installed again.
+//! - AV1: deployed clients do not agree on how to encrypt it. Refused at construction.
 //! - To ratchet. The once-ratcheted chain key begins with the AES key of the step before, so ratcheting hides
-//!   nothing from whom it should; deployed MatrixRTC senders never do it. Every change of key is a fresh key.
+//!   nothing from a newcomer; deployed MatrixRTC senders do not use it. Every change of key is a fresh key.
 //!
 //! # Assumptions
 //!
-//! - One [`KeyRing`] per sender identity, shared by all its tracks and data, as replays are recognised per sender.
-//! - Only the clear bytes and the IV are authenticated. Which track a frame belongs to and its order are not:
-//!   a malicious SFU can swap frames between two tracks of one sender, delay them, or drop them.
-//! - H.264 parameter sets must survive the receiver's transport untouched. Some receivers rewrite an SPS whose
-//!   VUI lacks a bitstream restriction with `max_num_reorder_frames = 0`; configure the encoder to write one.
+//! - One [`KeyRing`] per sender identity, shared by all its tracks and data, because replays are recognised per
+//!   ring. The ring outlives a departure of the member.
+//! - Only the clear bytes and the IV are authenticated. The track of a frame and its order are not: a malicious SFU
+//!   can swap frames between two tracks of one sender, present a VP9 frame as a data packet, delay frames, or drop
+//!   them.
+//! - H.264 parameter sets must pass the receiver's transport unchanged. Some receivers rewrite an SPS whose VUI
+//!   lacks a bitstream restriction with `max_num_reorder_frames = 0`; configure the encoder to write one.
 
+mod aead;
 mod codec;
 mod data;
 mod derive;
@@ -70,13 +74,14 @@ mod vectors;
 pub use codec::UnsupportedCodec;
 pub use data::{DataDecryptor, DataEncryptor, SealedData};
 pub use derive::CryptoFailed;
+pub use key::MAX_SEALED;
 pub use open::{FrameDecryptor, OpenError, Opened};
 pub use ring::{KeyRing, RETIRE_AFTER};
 pub use seal::{FrameEncryptor, SealError};
-pub use sif::SifKind;
+pub use sif::{SifKind, SifTrailer};
 
-/// Bytes that sealing adds to a frame: tag, IV, and the two bytes of the trailer. H.264 and H.265 may add a few
-/// escape bytes on top.
+/// Bytes that sealing adds to a frame: tag, IV, and the two bytes of the trailer. H.264 and H.265 frames may grow by
+/// a few escape bytes in addition.
 pub const OVERHEAD: usize = TAG_LEN + iv::IV_LEN + TRAILER_LEN;
 
 const TAG_LEN: usize = 16;

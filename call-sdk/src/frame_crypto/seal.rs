@@ -3,19 +3,19 @@
 use std::fmt;
 
 use super::{
-    OVERHEAD, TAG_LEN,
+    OVERHEAD,
     codec::{Rule, UnsupportedCodec},
     derive::CryptoFailed,
     emulation, h26x,
     iv::{IV_LEN, Iv, IvSource},
     key::FrameKey,
-    ring::KeyRing,
+    ring::{KeyFinder, KeyRing},
 };
 use crate::{key::KeyIndex, media::Codec};
 
 /// Seals the frames of one encoding: one track, or one layer of a simulcast track.
 ///
-/// There is no encryptor without a key ring and no mode that lets a frame through unsealed. What stays in clear:
+/// An encryptor needs a key ring, and has no mode that passes a frame unsealed. Bytes that stay in clear:
 ///
 /// | codec | clear bytes |
 /// |---|---|
@@ -25,18 +25,18 @@ use crate::{key::KeyIndex, media::Codec};
 /// | H.264, H.265 | up to the second byte of the first slice, parameter sets included |
 ///
 /// H.264 and H.265 units are given a canonical header before they are sealed (four-byte start codes; delimiters
-/// and filler dropped; parameter sets directly before the slice; at most 255 bytes, for which supplemental
-/// information gives way), as receivers authenticate what their transport made of it. The opened frame therefore
-/// has that header too.
+/// and filler dropped; parameter sets directly before the slice; supplemental information dropped if the header
+/// would exceed 255 bytes), because receivers authenticate the header as their transport rebuilt it. The opened
+/// frame has that header too.
 ///
 /// The packetiser must take the sealed frame as it is: a trailing zero is the key index 0, not padding.
 pub struct FrameEncryptor {
     rule: Rule,
-    ring: KeyRing,
+    keys: KeyFinder,
     ivs: IvSource,
-    /// Canonical header of the frame at hand.
+    /// Canonical header of the current frame.
     header: Vec<u8>,
-    /// Tail of the frame at hand while it is escaped.
+    /// Tail of the current frame while it is escaped.
     scratch: Vec<u8>,
 }
 
@@ -47,15 +47,16 @@ impl FrameEncryptor {
     /// [`UnsupportedCodec`] for AV1.
     pub fn new(codec: Codec, ring: KeyRing) -> Result<Self, UnsupportedCodec> {
         let rule = Rule::of(codec)?;
-        Ok(Self { rule, ring, ivs: IvSource::default(), header: Vec::new(), scratch: Vec::new() })
+        let keys = KeyFinder::new(ring);
+        Ok(Self { rule, keys, ivs: IvSource::default(), header: Vec::new(), scratch: Vec::new() })
     }
 
-    /// Seals `frame` under the key at `index` into `out`, which is overwritten and whose room is reused.
+    /// Seals `frame` under the key at `index` into `out`, which is overwritten and whose capacity is reused.
     ///
-    /// An empty frame has nothing to hide and stays empty. When to move to a new index is the caller's decision.
+    /// An empty frame stays empty, as with every client. The caller decides when to move to a new index.
     ///
     /// # Errors
-    /// A [`SealError`], with `out` empty: the frame must be dropped. The next frame may well succeed.
+    /// A [`SealError`], with `out` empty: drop the frame. The next frame may succeed.
     pub fn seal(&mut self, index: KeyIndex, frame: &[u8], out: &mut Vec<u8>) -> Result<(), SealError> {
         let sealed = self.try_seal(index, frame, out);
         if sealed.is_err() {
@@ -69,7 +70,7 @@ impl FrameEncryptor {
             out.clear();
             return Ok(());
         }
-        let key = self.ring.find(index).ok_or(SealError::MissingKey(index))?;
+        let key = self.keys.find(index).ok_or(SealError::MissingKey(index))?;
         let (header, payload, escaped) = match self.rule {
             Rule::UpToSlice(family) => {
                 let end = h26x::canonical_header(family, frame, &mut self.header)?;
@@ -82,8 +83,8 @@ impl FrameEncryptor {
                 (header, payload, layout.escaped)
             }
         };
-        let iv = self.ivs.next(&key)?;
-        write_sealed(&key, index, iv, header, payload, out)?;
+        let iv = self.ivs.next(key)?;
+        write_sealed(key, index, iv, header, payload, out)?;
         if escaped {
             emulation::escape(out, header.len(), &mut self.scratch);
         }
@@ -92,8 +93,7 @@ impl FrameEncryptor {
 
     #[cfg(test)]
     pub(super) fn start_ivs_at(&mut self, index: KeyIndex, first: Iv) {
-        let key = self.ring.find(index).unwrap();
-        self.ivs = IvSource::starting_at(&key, first);
+        self.ivs = IvSource::starting_at(self.keys.find(index).unwrap(), first);
     }
 }
 
@@ -101,12 +101,12 @@ impl fmt::Debug for FrameEncryptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FrameEncryptor")
             .field("rule", &self.rule)
-            .field("ring", &self.ring)
+            .field("ring", &self.keys)
             .finish_non_exhaustive()
     }
 }
 
-/// Writes `header | sealed payload | tag | IV | trailer`.
+/// Writes `header | ciphertext | tag | IV | trailer` to `out`.
 pub(super) fn write_sealed(
     key: &FrameKey,
     index: KeyIndex,
@@ -114,16 +114,17 @@ pub(super) fn write_sealed(
     header: &[u8],
     payload: &[u8],
     out: &mut Vec<u8>,
-) -> Result<(), CryptoFailed> {
-    let plain_len = header.len() + payload.len();
-    out.reserve((plain_len + OVERHEAD).saturating_sub(out.len()));
-    // Not cleared first: in a buffer that is reused, only what grew beyond the last frame is zeroed.
-    out.resize(plain_len + TAG_LEN, 0);
-    let (clear, sealed) = out.split_at_mut(header.len());
+) -> Result<(), SealError> {
+    // Not cleared first: in a reused buffer only the part beyond the last frame is filled with zeros.
+    out.resize(header.len() + payload.len() + OVERHEAD, 0);
+    let (clear, tail) = out.split_at_mut(header.len());
+    let (ciphertext, overhead) = tail.split_at_mut(payload.len());
     clear.copy_from_slice(header);
-    key.seal(iv, header, payload, sealed)?;
-    out.extend_from_slice(&iv);
-    out.extend_from_slice(&[IV_LEN as u8, index.0]);
+    let (tag, rest) = overhead.split_first_chunk_mut().ok_or(CryptoFailed)?;
+    let (iv_place, trailer) = rest.split_first_chunk_mut().ok_or(CryptoFailed)?;
+    key.seal(index, iv, header, payload, ciphertext, tag)?;
+    *iv_place = iv;
+    trailer.copy_from_slice(&[IV_LEN as u8, index.0]);
     Ok(())
 }
 
@@ -132,7 +133,7 @@ pub(super) fn write_sealed(
 #[non_exhaustive]
 pub enum SealError {
     /// Our ring has no key at this index.
-    #[error("we have no media key at index {} yet; drop the frame until one is set", .0.0)]
+    #[error("we have no media key at index {}; drop frames until one is set", .0.0)]
     MissingKey(KeyIndex),
     /// The key has sealed 2^32 frames.
     #[error("our media key has sealed 2^32 frames, the most that is safe; rotate it")]
@@ -140,10 +141,10 @@ pub enum SealError {
     /// The frame ends within the bytes that stay in clear. Its length is given in bytes.
     #[error("the encoder's frame of {0} bytes is shorter than its codec's header; drop it")]
     FrameTooShort(usize),
-    /// An H.264 or H.265 unit without a slice: no two clients agree how to seal it.
+    /// An H.264 or H.265 unit without a slice: no two clients seal it alike.
     #[error("the encoder's access unit has no slice; send parameter sets together with the next slice")]
     NoSlice,
-    /// Two different parameter sets of one kind in one unit: packetisers keep only the last.
+    /// Two different parameter sets of one kind in one unit: packetisers keep only the last one.
     #[error("the encoder's access unit has several parameter sets of one kind; configure it to write one")]
     ParameterSets,
     /// More than 255 bytes before the first slice: libwebrtc cannot open such a frame.

@@ -1,10 +1,33 @@
-//! Frames that the SFU makes itself: silence or a blank picture when a track is muted or ends, marked with a
-//! trailer it announced on joining. The one kind of plaintext an encrypted call carries, so it never reaches
-//! the application: it is an event.
+//! Server-injected frames (SIF): silence or a blank picture that the SFU sends when a track is muted or ends,
+//! marked with a trailer that it announced on joining. This is the only plaintext in an encrypted call, so it never
+//! reaches the application: it becomes an event.
 
 use std::time::{Duration, Instant};
 
-/// What a server-injected frame shows or sounds.
+/// The trailer of injected frames, as the SFU announced it (`JoinResponse.sif_trailer`).
+///
+/// Opaque bytes, and no secret: every participant knows them. LiveKit draws 32 characters per room.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SifTrailer(Vec<u8>);
+
+impl SifTrailer {
+    /// Longest trailer that is accepted, in bytes.
+    pub const MAX_LEN: usize = 255;
+
+    /// Takes the announced bytes. `None` if there are none, which means that the SFU injects no frames, or more
+    /// than [`SifTrailer::MAX_LEN`].
+    #[must_use]
+    pub fn new(announced: &[u8]) -> Option<Self> {
+        (1..=Self::MAX_LEN).contains(&announced.len()).then(|| Self(announced.to_vec()))
+    }
+
+    /// The payload of a frame with this trailer.
+    pub(super) fn strip<'a>(&self, wire: &'a [u8]) -> Option<&'a [u8]> {
+        wire.strip_suffix(&*self.0)
+    }
+}
+
+/// Content of a server-injected frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SifKind {
@@ -19,12 +42,12 @@ pub enum SifKind {
 }
 
 impl SifKind {
-    /// Recognises a payload, its trailer taken off. Anything else with a trailer is an attempt to get plaintext
-    /// in: every participant knows the trailer.
+    /// Recognises a payload without its trailer. Anything else with a trailer is an attempt to pass plaintext in:
+    /// every participant knows the trailer.
     pub(super) fn of(payload: &[u8]) -> Option<Self> {
         match payload {
             _ if is_opus_silence(payload) => Some(Self::OpusSilence),
-            // One header byte with F = 0 (RFC 2198 §3): the primary block is all there is.
+            // One header byte with F = 0 (RFC 2198 §3): the primary block is the only one.
             [header, block @ ..] if header & 0x80 == 0 && is_opus_silence(block) => Some(Self::OpusSilence),
             _ if is_run(payload, 0xff, 160) || is_run(payload, 0xd5, 160) => Some(Self::PcmSilence),
             _ if payload == VP8_BLANK => Some(Self::Vp8Blank),
@@ -69,7 +92,7 @@ fn is_h264_blank(payload: &[u8]) -> bool {
     !payload.is_empty()
 }
 
-/// Lets 100 injected frames pass in 2 s: an SFU has no reason to send more, and each is an event.
+/// Limits injected frames to 100 in 2 s: an SFU has no reason to send more, and each is an event.
 #[derive(Default)]
 pub(super) struct SifLimiter {
     window: Option<(Instant, u32)>,

@@ -1,5 +1,5 @@
-//! Against the bytes that the real livekit-client workers (2.21.0 and 2.23.0) produced, and their verdicts on
-//! hostile input. Where we differ on purpose, the difference is spelt out here.
+//! Comparison with the bytes that the real livekit-client workers (2.21.0 and 2.23.0) produced, and with their
+//! verdicts on hostile input. Every deliberate difference is listed here.
 
 #![allow(clippy::disallowed_methods, reason = "a test needs some point in time to start from")]
 
@@ -8,13 +8,13 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::{
-    FrameDecryptor, FrameEncryptor, KeyRing, OpenError, Opened, SealError, SifKind,
+    FrameDecryptor, FrameEncryptor, KeyRing, OpenError, Opened, SealError, SifKind, SifTrailer, TAG_LEN,
+    aead::Cipher,
     codec::{Layout, Rule},
     data::{DataDecryptor, DataEncryptor},
     derive, emulation,
     iv::Iv,
-    key::FrameKey,
-    open::read_sealed,
+    open::{Tail, read_sealed},
     seal::write_sealed,
 };
 use crate::{
@@ -23,7 +23,7 @@ use crate::{
 };
 
 #[test]
-fn derivation() {
+fn derivation_gives_the_same_keys() {
     for vector in section("kdf") {
         let material = bytes(&vector["ikm"]);
         let salt = vector.get("salt").map_or_else(|| derive::SALT.to_vec(), bytes);
@@ -36,31 +36,32 @@ fn derivation() {
 }
 
 #[test]
-fn ratchet_chain() {
+fn ratchet_chain_leaks_the_key_before() {
     for vector in section("ratchet") {
         let kdf = text(&vector["kdf"]);
         if let Some(steps) = vector.get("steps") {
             for step in array(steps) {
                 let derived = derive(kdf, &bytes(&step["material"]), derive::SALT);
                 assert_eq!(derived[..], bytes(&step["next_chain_key"]), "{}", id(&vector));
-                assert_eq!(derived[..16], bytes(&step["aes128_key"]), "the flaw: a shared prefix");
+                assert_eq!(derived[..16], bytes(&step["aes128_key"]), "the flaw: both begin alike");
             }
         } else {
             let mut material = bytes(&vector["ikm"]);
             let plain = bytes(&vector["plaintext"]);
             for ciphertext in array(&vector["ciphertexts"]) {
                 material = derive(kdf, &material, derive::SALT).to_vec();
-                let mut sealed = vec![0; plain.len() + 16];
-                frame_key(&material[..16]).seal([0; 12], &[], &plain, &mut sealed).unwrap();
-                assert_eq!(sealed, bytes(ciphertext));
+                let cipher = Cipher::new(material[..16].try_into().unwrap()).unwrap();
+                let (mut sealed, mut tag) = (vec![0; plain.len()], [0; TAG_LEN]);
+                cipher.seal([0; 12], &[], &plain, &mut sealed, &mut tag).unwrap();
+                assert_eq!([&sealed[..], &tag].concat(), bytes(ciphertext));
             }
         }
     }
 }
 
-/// A sender that ratchets is not followed: no deployed MatrixRTC client does it, and it protects nobody.
+/// Ratcheting is not followed: no deployed MatrixRTC client does it, and it hides nothing.
 #[test]
-fn frames_of_a_ratcheted_sender_do_not_open() {
+fn frame_under_a_ratcheted_key_does_not_open() {
     for vector in section("ratchet_behaviour") {
         let name = if id(&vector).starts_with("hkdf") { "raw16" } else { "pw1" };
         let opened = open_with(Codec::Opus, &ring_with(name, KeyIndex(0)), &bytes(&vector["wire_frame"]));
@@ -80,13 +81,13 @@ fn frames_open() {
                 assert_eq!(rule.layout(&wire), layout, "{}, by the receiver", id(&vector));
                 assert_eq!(open_with(codec, &ring_for(&vector), &wire).unwrap(), plain, "{}", id(&vector));
             }
-            // livekit-client's fallback for a codec it does not know; here every track has a known one. The
-            // vector states the clear bytes.
+            // livekit-client's fallback for a codec it does not know; our tracks all have a known one. The vector
+            // states the clear bytes.
             None => {
                 let key = ring_for(&vector).find(index(&vector)).unwrap();
                 let (header, tail) = wire.split_at(clear_bytes(&vector));
                 let mut out = Vec::new();
-                read_sealed(&key, header, tail, &mut out).unwrap();
+                read_sealed(&key, index(&vector), header, &Tail::parse(tail).unwrap(), &mut out).unwrap();
                 assert_eq!(out, plain, "{}", id(&vector));
             }
         }
@@ -98,7 +99,7 @@ fn frames_open() {
     }
 }
 
-/// The whole path below the canonical header: what livekit-client seals, byte for byte.
+/// The whole path below the canonical header.
 #[test]
 fn frames_seal_to_the_same_bytes() {
     for vector in sealed_frames() {
@@ -114,9 +115,9 @@ fn frames_seal_to_the_same_bytes() {
     }
 }
 
-/// What our encryptor makes of the same frames. Its header is canonical, as that of livekit-client 2.23 is in part.
+/// Our encryptor writes a canonical header; livekit-client 2.23 does so in part.
 #[test]
-fn the_encryptor_differs_only_in_the_header() {
+fn encryptor_differs_only_in_the_header() {
     for vector in sealed_frames().filter(|vector| codec(vector).is_some()) {
         let (ring, index) = (ring_for(&vector), index(&vector));
         let mut encryptor = FrameEncryptor::new(codec(&vector).unwrap(), ring.clone()).unwrap();
@@ -127,11 +128,11 @@ fn the_encryptor_differs_only_in_the_header() {
 
         let reopened = |wire: &[u8]| open_with(codec(&vector).unwrap(), &ring, wire).unwrap();
         match id(&vector) {
-            // Six bytes of delimiter are gone: packetisers would drop them after they were authenticated.
+            // The delimiter (6 bytes) is left out: packetisers would drop it after it was authenticated.
             "h264-aud-sei-delta" => assert_eq!(reopened(&sealed.unwrap()), plain[6..]),
-            // 314 bytes of supplemental information are gone: libwebrtc cannot count beyond 255.
+            // The supplemental information (314 bytes) is left out: libwebrtc counts clear bytes up to 255.
             "h264-sei-310" => assert_eq!(reopened(&sealed.unwrap()), plain[314..]),
-            // No two implementations agree on a unit without a slice.
+            // No two implementations seal a unit without a slice alike.
             "h264-no-slice" | "h264-no-startcode" => assert_eq!(sealed, Err(SealError::NoSlice)),
             _ => {
                 let expected = vector.get("wire_frame_2_23").unwrap_or_else(|| &vector["wire_frame"]);
@@ -142,7 +143,7 @@ fn the_encryptor_differs_only_in_the_header() {
 }
 
 #[test]
-fn empty_frames_stay_empty_and_av1_is_refused() {
+fn empty_frame_stays_empty_and_av1_is_refused() {
     let all = section("frames");
     let empty = all.iter().find(|vector| id(vector) == "opus-empty").unwrap();
     let mut out = vec![1];
@@ -158,7 +159,7 @@ fn empty_frames_stay_empty_and_av1_is_refused() {
 }
 
 #[test]
-fn frame_metadata_is_not_stripped_so_its_frames_do_not_open() {
+fn frame_with_metadata_does_not_open() {
     for vector in section("frame_metadata") {
         assert_eq!(vector["js_decodes_without_flag"], false);
         let ring = ring_with("raw16", KeyIndex(0));
@@ -168,13 +169,13 @@ fn frame_metadata_is_not_stripped_so_its_frames_do_not_open() {
 }
 
 #[test]
-fn emulation_prevention() {
+fn emulation_prevention_escapes_the_same_bytes() {
     for vector in section("rbsp") {
         let escaped = bytes(&vector["escaped"]);
         let mut scratch = Vec::new();
         let unescaped = emulation::unescape(&escaped, &mut scratch);
         let Some(raw) = vector.get("raw") else {
-            // The pattern at the very end, which livekit-client's pre-filter overlooks. No frame ends like this.
+            // The pattern at the end, which livekit-client's pre-filter overlooks. No frame ends like this.
             assert_eq!((escaped.as_slice(), unescaped), (&[0xaa, 0, 0, 3][..], &[0xaa, 0, 0][..]));
             continue;
         };
@@ -188,7 +189,7 @@ fn emulation_prevention() {
 }
 
 #[test]
-fn data_packets() {
+fn data_packets_seal_to_the_same_bytes_and_open() {
     for vector in section("data_packets") {
         let (ring, index) = (ring_with(text(&vector["key"]), index(&vector)), index(&vector));
         let plain = bytes(&vector["plaintext"]);
@@ -202,13 +203,14 @@ fn data_packets() {
     }
 }
 
-/// livekit-client compares hashes of whole payloads; native clients and we read their structure, so we know four
-/// more that the SFU really sends, and not the bare H.264 NAL unit that it never does.
+/// livekit-client compares hashes of whole payloads. We read their structure, as native clients do: five payloads
+/// that the SFU sends are accepted in addition, and the bare H.264 NAL unit that it never sends is not.
 #[test]
-fn injected_frames() {
-    let trailer = bytes(&reference()["sif_trailer"]["trailer"]);
+fn injected_frames_are_recognised_by_structure() {
+    let announced = bytes(&reference()["sif_trailer"]["trailer"]);
+    let trailer = SifTrailer::new(&announced).unwrap();
     for vector in section("sif") {
-        let wire = [bytes(&vector["payload"]), trailer.clone()].concat();
+        let wire = [bytes(&vector["payload"]), announced.clone()].concat();
         let mut decryptor = FrameDecryptor::new(Codec::Opus, KeyRing::new()).unwrap();
         let mut out = Vec::new();
         let opened = decryptor.open(Instant::now(), &wire, Some(&trailer), &mut out);
@@ -220,16 +222,16 @@ fn injected_frames() {
             _ => Err(OpenError::ForeignInjection),
         };
         assert_eq!(opened, expected, "{}", id(&vector));
-        assert!(out.is_empty(), "no byte of it is handed over");
+        assert!(out.is_empty(), "the application gets no byte of it");
         let differs =
             ["opus-silence-in-red", "pcmu", "pcma", "h264-annexb", "h264-idr-only-annexb", "h264-bare-idr"];
         assert_eq!(opened.is_ok() != (vector["js_forwards"] == true), differs.contains(&id(&vector)));
     }
 }
 
-/// The same verdicts as livekit-client's on hostile input, but for five differences on purpose.
+/// The same verdicts as livekit-client's, with five deliberate differences.
 #[test]
-fn hostile_inputs() {
+fn hostile_inputs_get_the_same_verdicts() {
     let all = section("hostile_inputs");
     let valid = bytes(&all[0]["input"]);
     let plain = bytes(&all[0]["out"]);
@@ -251,13 +253,13 @@ fn hostile_inputs() {
         match id(vector) {
             // A replay is delivered once, not three times.
             "replay-3x" => assert_eq!((theirs, delivered), (3, vec![plain.clone()])),
-            // An IV that is not 12 bytes long is refused, however well it is sealed.
+            // An IV of another length than 12 bytes is refused, even if the frame is sealed correctly.
             "correctly-sealed-with-iv-of-16"
             | "correctly-sealed-with-iv-of-32"
             | "correctly-sealed-with-iv-of-100" => {
                 assert_eq!((theirs, delivered.len()), (1, 0));
             }
-            // There is no "encryption off" for the SFU to set: ciphertext is opened, plaintext is dropped.
+            // The SFU cannot switch encryption off: ciphertext is opened, plaintext is dropped.
             "enabled-unknown" | "enable-false-ciphertext" => {
                 assert_eq!((bytes(&vector["out"]), delivered), (valid.clone(), vec![plain.clone()]));
             }
@@ -270,11 +272,11 @@ fn hostile_inputs() {
     }
 }
 
-/// The vectors that describe a behaviour instead of one input.
+/// Vectors that describe a behaviour instead of one input.
 fn hostile_behaviour(id: &str, valid: &[u8], plain: &[u8]) {
     let mut out = Vec::new();
     match id {
-        // Forty bad frames cost one pass each and the good one after them is delivered; livekit-client drops it
+        // Forty bad frames cost one pass each, and the good frame after them is delivered. livekit-client drops it
         // until the key is set again.
         "wrong-key-flood-40" | "good-frame-after-flood" | "good-frame-after-flood-and-same-key-set-again" => {
             let (ring, foreign) = (ring_with("raw16", KeyIndex(0)), ring_with("raw32", KeyIndex(0)));
@@ -288,7 +290,7 @@ fn hostile_behaviour(id: &str, valid: &[u8], plain: &[u8]) {
             }
             assert_eq!(decryptor.open(Instant::now(), valid, None, &mut out), Ok(Opened::Frame(KeyIndex(0))));
         }
-        // livekit-client sends in clear while its policy is unknown or off. We have no such state.
+        // livekit-client sends in clear while its policy is unknown or off. Our encryptor has no such state.
         "encode-enable-unknown" | "encode-enable-false" | "encode-enabled-but-no-key" => {
             let mut encryptor = FrameEncryptor::new(Codec::Opus, KeyRing::new()).unwrap();
             let sealed = encryptor.seal(KeyIndex(0), plain, &mut out);
@@ -304,7 +306,7 @@ fn hostile_behaviour(id: &str, valid: &[u8], plain: &[u8]) {
                 assert_eq!(open_with(Codec::Opus, &ring, &wire).unwrap(), plain);
             }
         }
-        // A ring has 256 places, always: index 200 stays 200 on the wire.
+        // Every ring has 256 slots: index 200 stays 200 on the wire.
         "ring16-key-200" => {
             let mut encryptor = FrameEncryptor::new(Codec::Opus, ring_with("raw16", KeyIndex(200))).unwrap();
             encryptor.seal(KeyIndex(200), plain, &mut out).unwrap();
@@ -338,7 +340,7 @@ fn section(name: &str) -> Vec<Value> {
     array(&section).clone()
 }
 
-/// All frames but the empty one and the one livekit-client refuses.
+/// All frames except the empty one and the one that livekit-client refuses.
 fn sealed_frames() -> impl Iterator<Item = Value> {
     let sealed: Vec<_> = section("frames")
         .into_iter()
@@ -380,10 +382,6 @@ fn key(name: &str) -> MediaKey {
     MediaKey::new(bytes(&vector["ikm"])).unwrap()
 }
 
-fn frame_key(aes_key: &[u8]) -> FrameKey {
-    FrameKey::new(aes_key.try_into().unwrap(), std::sync::Arc::default()).unwrap()
-}
-
 fn derive(kdf: &str, material: &[u8], salt: &[u8]) -> [u8; 32] {
     let mut out = [0; 32];
     match kdf {
@@ -393,7 +391,7 @@ fn derive(kdf: &str, material: &[u8], salt: &[u8]) -> [u8; 32] {
     out
 }
 
-/// With a new decryptor, but the memory of the ring.
+/// Opens with a new decryptor. The ring still recognises replays.
 fn open_with(codec: Codec, ring: &KeyRing, wire: &[u8]) -> Result<Vec<u8>, OpenError> {
     let mut out = Vec::new();
     let mut decryptor = FrameDecryptor::new(codec, ring.clone()).unwrap();

@@ -1,12 +1,12 @@
-//! What an application touches: encoded frames in and out, and the names of tracks and codecs.
+//! Encoded frames, the buffers that hold them, recordings of them, and the types that describe a track.
 
 use std::time::Duration;
 
-use bytes::Bytes;
-
+mod buffer;
 mod recording;
 
-pub use recording::{Recording, RecordingError};
+pub use buffer::{FrameBytes, FramePool};
+pub use recording::{Recording, RecordingError, opus_duration};
 
 /// A media codec that calls use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,14 +33,14 @@ impl Codec {
         if self.is_audio() { 48_000 } else { 90_000 }
     }
 
-    /// Whether this codec carries sound.
+    /// Whether this is an audio codec.
     #[must_use]
     pub fn is_audio(self) -> bool {
         matches!(self, Self::Opus)
     }
 }
 
-/// What a track shows or sounds; peers lay out their screen by it.
+/// The device or surface that a track captures; peers choose their layout by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum TrackSource {
@@ -50,54 +50,125 @@ pub enum TrackSource {
     Camera,
     /// A shared screen.
     ScreenShare,
-    /// The sound of a shared screen.
+    /// The audio of a shared screen.
     ScreenShareAudio,
-    /// The sender did not say, or said something new.
+    /// Not stated by the sender, or not known to this crate.
     Unknown,
 }
 
 /// One encoded frame: an Opus packet, or a whole VP8 picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodedFrame {
-    /// The frame as the codec wrote it.
-    pub payload: Bytes,
+    /// The frame as the encoder wrote it.
+    pub payload: FrameBytes,
     /// Media time since the start of the track; in received frames since the first frame received.
     pub timestamp: Duration,
 }
 
-/// A track that is about to be published.
-#[derive(Clone, Debug, PartialEq, Eq)]
+impl EncodedFrame {
+    /// A frame of these bytes at this media time.
+    #[must_use]
+    pub fn new(payload: impl Into<FrameBytes>, timestamp: Duration) -> Self {
+        Self { payload: payload.into(), timestamp }
+    }
+}
+
+/// The description of a track to publish.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct TrackSpec {
     /// The codec of every frame of this track.
     pub codec: Codec,
-    /// What the track is.
+    /// The source of its media; peers choose their layout by it.
     pub source: TrackSource,
-    /// A free name, seen by other participants and by the SFU.
+    /// Any name. Other participants and the SFU can read it.
     pub name: String,
-    /// Width and height in pixels; `(0, 0)` for audio.
-    pub dimensions: (u32, u32),
+    /// The layers of a video track, smallest first; more than one is simulcast. Empty for audio.
+    pub layers: Vec<VideoLayer>,
+    /// Whether an audio track is stereo.
+    pub stereo: bool,
+    /// Whether the track starts muted.
+    pub muted: bool,
+}
+
+/// One encoding of a video track.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct VideoLayer {
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// Highest bitrate in bits per second.
+    pub bitrate: u64,
+    /// Highest frame rate in frames per second.
+    pub fps: f64,
 }
 
 impl TrackSpec {
     /// An Opus microphone track.
     #[must_use]
     pub fn microphone() -> Self {
-        Self {
-            codec: Codec::Opus,
-            source: TrackSource::Microphone,
-            name: "microphone".to_owned(),
-            dimensions: (0, 0),
-        }
+        Self::audio(TrackSource::Microphone, "microphone")
+    }
+
+    /// The Opus sound of a shared screen.
+    #[must_use]
+    pub fn screen_share_audio() -> Self {
+        Self { stereo: true, ..Self::audio(TrackSource::ScreenShareAudio, "screen share audio") }
     }
 
     /// A VP8 camera track of the given width and height in pixels.
     #[must_use]
     pub fn camera(width: u32, height: u32) -> Self {
+        Self::video(TrackSource::Camera, "camera", Codec::Vp8, width, height)
+    }
+
+    /// A VP8 track of a shared screen of the given width and height in pixels.
+    #[must_use]
+    pub fn screen_share(width: u32, height: u32) -> Self {
+        Self::video(TrackSource::ScreenShare, "screen share", Codec::Vp8, width, height)
+    }
+
+    /// The same track with another codec.
+    #[must_use]
+    pub fn with_codec(mut self, codec: Codec) -> Self {
+        self.codec = codec;
+        self
+    }
+
+    /// The same track under another name.
+    #[must_use]
+    pub fn with_name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// The same video track with these layers, smallest first.
+    #[must_use]
+    pub fn with_layers(mut self, layers: Vec<VideoLayer>) -> Self {
+        self.layers = layers;
+        self
+    }
+
+    /// Width and height in pixels of the largest layer; `(0, 0)` for audio.
+    #[must_use]
+    pub fn dimensions(&self) -> (u32, u32) {
+        self.layers.last().map_or((0, 0), |layer| (layer.width, layer.height))
+    }
+
+    fn audio(source: TrackSource, name: &str) -> Self {
         Self {
-            codec: Codec::Vp8,
-            source: TrackSource::Camera,
-            name: "camera".to_owned(),
-            dimensions: (width, height),
+            codec: Codec::Opus,
+            source,
+            name: name.to_owned(),
+            layers: Vec::new(),
+            stereo: false,
+            muted: false,
         }
+    }
+
+    fn video(source: TrackSource, name: &str, codec: Codec, width: u32, height: u32) -> Self {
+        let layer = VideoLayer { width, height, bitrate: 1_700_000, fps: 30.0 };
+        Self { codec, source, name: name.to_owned(), layers: vec![layer], stereo: false, muted: false }
     }
 }

@@ -6,22 +6,20 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-
 use super::{Codec, EncodedFrame, TrackSpec};
 
-/// Largest recording that is read, in frames: an hour of VP8 at 60 frames per second.
+/// Longest recording that is read, in frames: an hour of VP8 at 60 frames per second.
 const MAX_FRAMES: usize = 216_000;
 /// Largest file that is read, in bytes; recordings are held in memory.
 const MAX_FILE: u64 = 512 * 1024 * 1024;
-/// Longest recording that is played; timestamps beyond it are damage.
+/// Longest recording that is played; later timestamps mean a damaged file.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 3600);
 /// Length of the file header of IVF, in bytes.
 const IVF_HEADER: usize = 32;
 /// Length of the header of each frame in IVF: length (4 bytes) and time (8), little-endian.
 const IVF_FRAME_HEADER: usize = 12;
 
-/// A whole recording in memory, ready to be played over and over.
+/// A recording in memory, to be played once or in a loop.
 #[derive(Clone, Debug)]
 pub struct Recording {
     codec: Codec,
@@ -31,10 +29,10 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Reads a `.ivf` file (VP8) or an Ogg file (Opus), told apart by their first bytes.
+    /// Reads a `.ivf` file (VP8) or an Ogg file (Opus), distinguished by their first bytes.
     ///
     /// # Errors
-    /// [`RecordingError`], saying what is wrong with the file.
+    /// [`RecordingError`] if the file cannot be read or played.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, RecordingError> {
         let file = std::fs::File::open(path)?;
         if file.metadata()?.len() > MAX_FILE {
@@ -43,7 +41,7 @@ impl Recording {
         Self::read(std::io::BufReader::new(file))
     }
 
-    /// [`Recording::open`] from anything that can be read twice.
+    /// [`Recording::open`] from any seekable reader.
     ///
     /// # Errors
     /// As [`Recording::open`].
@@ -64,7 +62,7 @@ impl Recording {
         self.codec
     }
 
-    /// The track that this recording makes: a microphone or a camera.
+    /// A track to publish this recording as: a microphone or a camera.
     #[must_use]
     pub fn track(&self) -> TrackSpec {
         match self.codec {
@@ -73,34 +71,31 @@ impl Recording {
         }
     }
 
-    /// The frames once through, with timestamps from zero.
+    /// The frames in order, with timestamps from zero.
     #[must_use]
     pub fn frames(&self) -> &[EncodedFrame] {
         &self.frames
     }
 
-    /// How long it plays.
+    /// Playing time.
     #[must_use]
     pub fn duration(&self) -> Duration {
         self.duration
     }
 
-    /// The frames over and over with growing timestamps: write each when its timestamp has come.
+    /// The frames in an endless loop with growing timestamps. Write each at its timestamp.
     pub fn looped(&self) -> impl Iterator<Item = EncodedFrame> + '_ {
         (0u32..).flat_map(|round| {
             let start = self.duration * round;
-            self.frames
-                .iter()
-                .map(move |f| EncodedFrame { payload: f.payload.clone(), timestamp: f.timestamp + start })
+            self.frames.iter().map(move |f| EncodedFrame::new(f.payload.clone(), f.timestamp + start))
         })
     }
 
-    /// Every length in the file is checked against what is there before anything is allocated.
+    /// Checks every length in the file against the bytes that are there before it allocates.
     fn from_ivf(mut from: impl Read) -> Result<Self, RecordingError> {
         let unusable = |what: &str| RecordingError::Unusable(what.to_owned());
         let mut bytes = Vec::new();
         from.by_ref().take(MAX_FILE).read_to_end(&mut bytes)?;
-        let bytes = Bytes::from(bytes);
         let header = bytes.get(..IVF_HEADER).ok_or_else(|| unusable("its IVF header is cut short"))?;
         if &header[8..12] != b"VP80" {
             return Err(unusable("its video is not VP8"));
@@ -114,7 +109,7 @@ impl Recording {
         };
         let mut frames = Vec::new();
         let mut at = usize::from(le16(header, 6)).max(IVF_HEADER);
-        // A file that is cut short plays up to there.
+        // A truncated file plays up to its last whole frame.
         while let Some(frame) = bytes.get(at..at + IVF_FRAME_HEADER) {
             let length = usize::try_from(le32(frame, 0)).unwrap_or(usize::MAX);
             let units = u64::from(le32(frame, 4)) | u64::from(le32(frame, 8)) << 32;
@@ -123,7 +118,7 @@ impl Recording {
             if frames.len() == MAX_FRAMES {
                 return Err(unusable("it has more than 216,000 frames"));
             }
-            frames.push(EncodedFrame { payload: bytes.slice(start..end), timestamp: time(units) });
+            frames.push(EncodedFrame::new(&bytes[start..end], time(units)));
             at = end;
         }
         let last = frames.last().ok_or_else(|| unusable("it has no frame"))?;
@@ -142,9 +137,9 @@ impl Recording {
             || reader.read_packet().map_err(|e| RecordingError::Unusable(format!("its Ogg pages: {e}")));
         match next()? {
             Some(head) if head.data.starts_with(b"OpusHead") => {}
-            _ => return Err(RecordingError::Unusable("its sound is not Opus".to_owned())),
+            _ => return Err(RecordingError::Unusable("its audio is not Opus".to_owned())),
         }
-        // The comment header (RFC 7845 §5.2) says nothing that is played.
+        // The comment header (RFC 7845 §5.2) holds no audio.
         next()?;
         let mut frames = Vec::new();
         let mut timestamp = Duration::ZERO;
@@ -153,7 +148,7 @@ impl Recording {
             if frames.len() == MAX_FRAMES {
                 return Err(RecordingError::Unusable("it has more than 216,000 frames".to_owned()));
             }
-            frames.push(EncodedFrame { payload: Bytes::from(packet.data), timestamp });
+            frames.push(EncodedFrame::new(packet.data, timestamp));
             timestamp += duration;
         }
         if frames.is_empty() {
@@ -170,7 +165,7 @@ pub enum RecordingError {
     /// The file cannot be read.
     #[error("the recording cannot be read")]
     Io(#[from] std::io::Error),
-    /// The file is not something that we can play.
+    /// The file is in a format that is not supported, or damaged.
     #[error("the recording cannot be played: {0}; VP8 in IVF and Opus in Ogg can")]
     Unusable(String),
 }
@@ -183,8 +178,9 @@ fn le32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// How long an Opus packet plays, from its first bytes (RFC 6716 §3.1, §3.2); `None` if it breaks the rules.
-fn opus_duration(packet: &[u8]) -> Option<Duration> {
+/// Playing time of an Opus packet, from its first bytes (RFC 6716 §3.1, §3.2); `None` for an invalid packet.
+#[must_use]
+pub fn opus_duration(packet: &[u8]) -> Option<Duration> {
     let toc = *packet.first()?;
     let frame_us = match toc >> 3 {
         config @ 0..=11 => [10_000, 20_000, 40_000, 60_000][usize::from(config & 3)],
@@ -207,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn opus_packets_tell_how_long_they_play() {
+    fn opus_packet_has_the_duration_of_its_header() {
         assert_eq!(opus_duration(&[0x78]), Some(Duration::from_millis(20)));
         assert_eq!(opus_duration(&[0xfb, 0x03]), Some(Duration::from_millis(60)));
         assert_eq!(opus_duration(&[0xfb, 0x3f]), None);
@@ -215,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_files_are_refused_with_a_reason() {
+    fn unsupported_file_is_refused_with_a_reason() {
         let error = Recording::read(Cursor::new(b"RIFF....".to_vec())).unwrap_err();
         assert!(error.to_string().contains("neither IVF nor Ogg"), "{error}");
         let mut ivf = b"DKIF\0\0 \0AV01".to_vec();
@@ -225,7 +221,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn hostile_files_never_panic(tail in proptest::collection::vec(proptest::num::u8::ANY, 0..200), ogg in proptest::bool::ANY) {
+        fn hostile_file_does_not_panic(tail in proptest::collection::vec(proptest::num::u8::ANY, 0..200), ogg in proptest::bool::ANY) {
             let mut bytes = if ogg { b"OggS".to_vec() } else { b"DKIF\0\0 \0VP80".to_vec() };
             bytes.extend(tail);
             let _ = Recording::read(Cursor::new(bytes));

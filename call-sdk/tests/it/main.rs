@@ -1,6 +1,10 @@
 //! The SDK against what it will meet: one module per behaviour.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::disallowed_methods, reason = "a test is a shell: it owns the clock and the tasks")]
 
-mod calls_follow_the_room;
+mod bad_network;
+mod js_sdk;
 mod livekit_transport;
-mod script;
+mod matrix;
+mod network;
+mod support;

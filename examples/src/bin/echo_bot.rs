@@ -3,17 +3,17 @@
 
 use std::collections::HashMap;
 
-use antiphon_call_sdk::{
-    call::{CallEvent, LocalTrack},
-    media::{Codec, TrackSpec},
-    member::ParticipantIdentity,
-};
+use antiphon_call_sdk::{CallEvent, CallOptions, Codec, LocalTrack, TrackSid, TrackSpec};
 use antiphon_examples::{Place, init};
 use anyhow::Result;
 use clap::Parser;
 
-/// Joins the call of a Matrix room and sends back what it hears: one track per member, until you press Ctrl-C.
+/// Joins the call of a Matrix room and sends back what it hears: one track per track, until you press Ctrl-C.
+///
+/// Shows how media goes through a program: frames come in decrypted, with the member that they are from, and go out
+/// encrypted with our own key. Put a transcriber or a translator in between.
 #[derive(Parser)]
+#[command(version)]
 struct Options {
     #[command(flatten)]
     place: Place,
@@ -22,34 +22,26 @@ struct Options {
 #[tokio::main]
 async fn main() -> Result<()> {
     init();
-    let options = Options::parse();
-    let (_session, call, mut events) = options.place.join_call().await?;
-    println!("listening as {}", call.identity());
-    let mut echoes: HashMap<ParticipantIdentity, LocalTrack> = HashMap::new();
-    loop {
-        let event = tokio::select! {
-            _ = tokio::signal::ctrl_c() => break,
-            event = events.next() => event,
-        };
+    let mut call = Options::parse().place.join_call(CallOptions::default()).await?;
+    println!("listening");
+    let mut echoes: HashMap<TrackSid, LocalTrack> = HashMap::new();
+    while let Some(event) = call.next().await {
         match event {
-            Some(CallEvent::Frame { member, track, frame }) if track.codec == Some(Codec::Opus) => {
-                if !echoes.contains_key(&member.identity) {
-                    let spec =
-                        TrackSpec { name: format!("echo of {}", member.user_id), ..TrackSpec::microphone() };
-                    echoes.insert(member.identity.clone(), call.publish(spec).await?);
-                }
-                // A frame that cannot be sent is a moment of silence.
-                let _ = echoes[&member.identity].write(frame).await;
+            CallEvent::TrackPublished { member, track } if track.codec == Some(Codec::Opus) => {
+                let spec = TrackSpec::microphone().with_name(format!("echo of {}", member.user_id));
+                echoes.insert(track.sid, call.call.publish(spec).await?);
             }
-            Some(CallEvent::MemberLeft(member)) => {
-                if let Some(echo) = echoes.remove(&member.identity) {
-                    echo.unpublish().await;
+            CallEvent::Frame { from, frame } => {
+                // Only sound has an echo.
+                if let Some(echo) = echoes.get(&from.track.sid) {
+                    // A frame that cannot be sent is a moment of silence.
+                    let _ = echo.write(&frame);
                 }
             }
-            Some(_) => {}
-            None => break,
+            // Dropping a track ends it.
+            CallEvent::TrackEnded { sid, .. } => drop(echoes.remove(&sid)),
+            _ => {}
         }
     }
-    call.leave().await;
-    Ok(())
+    call.leave().await
 }

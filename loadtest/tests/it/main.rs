@@ -8,7 +8,6 @@ use antiphon_loadtest::{Plan, run};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_stream_reaches_every_participant() {
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let focus = Focus::start(Config::dev_ephemeral()).await.unwrap();
     let plan = Plan {
         url: focus.ws_url().to_owned(),

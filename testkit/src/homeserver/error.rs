@@ -50,9 +50,10 @@ impl MatrixError {
         Self::new(401, "M_MISSING_TOKEN", "Missing access token")
     }
 
-    pub(super) fn unknown_token() -> Self {
+    /// `soft_logout`: the device may log in again.
+    pub(super) fn unknown_token(soft_logout: bool) -> Self {
         let mut refusal = Self::new(401, "M_UNKNOWN_TOKEN", "Invalid access token passed.");
-        refusal.body["soft_logout"] = Value::Bool(false);
+        refusal.body["soft_logout"] = Value::Bool(soft_logout);
         refusal
     }
 

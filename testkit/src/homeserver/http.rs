@@ -21,7 +21,7 @@ use super::{
     error::MatrixError,
     ids::Caller,
     lock,
-    state::{Action, Direction, MessagesQuery, Outgoing},
+    state::{Action, DelayedForm, Direction, MessagesQuery, Outgoing},
 };
 
 /// The largest request body that is read.
@@ -139,6 +139,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/", get(delayed_events))
         .route("/{id}", get(delayed_event).post(manage_delayed))
         .route("/{id}/{action}", post(manage_delayed_by_path));
+    let dedicated = "/rooms/{room}/delayed_event/{kind}/{txn}";
     Router::new()
         .route("/_matrix/client/versions", get(versions))
         .route("/.well-known/matrix/client", get(well_known_client))
@@ -146,6 +147,9 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/_matrix/federation/v1/openid/userinfo", get(openid_userinfo))
         .route("/_matrix/client/unstable/org.matrix.msc4143/rtc/transports", get(rtc_transports))
         .nest("/_matrix/client/unstable/org.matrix.msc4140/delayed_events", delayed)
+        .route(&format!("/_matrix/client/unstable/org.matrix.msc4140{dedicated}"), put(schedule_unstable))
+        .route(&format!("/_matrix/client/v3{dedicated}"), put(schedule_stable))
+        .route("/_matrix/client/v1/delayed_events/{id}/{action}", post(manage_delayed_stable))
         .nest("/_matrix/client/v3", v3)
         .fallback(async || MatrixError::unrecognized(404))
         .method_not_allowed_fallback(async || MatrixError::unrecognized(405))
@@ -268,13 +272,15 @@ fn parse(body: &[u8]) -> Result<Object, MatrixError> {
 
 // ---- the server itself ----
 
-async fn versions() -> Reply {
+async fn versions(Extension(app): App) -> Reply {
+    let is_stable = app.with(|state, _| state.delayed_form() == DelayedForm::Stable);
     Reply(json!({
         "versions": ["r0.6.1", "v1.1", "v1.2", "v1.3", "v1.4", "v1.5", "v1.6", "v1.7", "v1.8", "v1.9",
             "v1.10", "v1.11", "v1.12", "v1.13", "v1.14", "v1.15"],
         "unstable_features": {
             "org.matrix.e2e_cross_signing": true,
             "org.matrix.msc4140": true,
+            "org.matrix.msc4140.stable": is_stable,
             "org.matrix.msc4143": true,
             "org.matrix.msc4354": true,
         },
@@ -532,7 +538,7 @@ async fn put_state(
         txn: None,
         content,
         redacts: None,
-        delay: params.duration("org.matrix.msc4140.delay")?,
+        delay: delay_parameter(&app, &params)?,
         sticky: params.duration("org.matrix.msc4354.sticky_duration_ms")?,
     };
     app.with(|state, now| state.send(now, &who, event)).map(Reply)
@@ -552,10 +558,18 @@ async fn send(
         txn: Some(txn),
         content,
         redacts: None,
-        delay: params.duration("org.matrix.msc4140.delay")?,
+        delay: delay_parameter(&app, &params)?,
         sticky: params.duration("org.matrix.msc4354.sticky_duration_ms")?,
     };
     app.with(|state, now| state.send(now, &who, event)).map(Reply)
+}
+
+/// Ignored, as any unknown parameter, where the dedicated endpoint has replaced it.
+fn delay_parameter(app: &Shared, params: &Params) -> Result<Option<Duration>, MatrixError> {
+    match app.with(|state, _| state.delayed_form()) {
+        DelayedForm::QueryParameter => params.duration("org.matrix.msc4140.delay"),
+        DelayedForm::Unstable | DelayedForm::Stable => Ok(None),
+    }
 }
 
 async fn redact(
@@ -610,6 +624,69 @@ fn page_limit(params: &Params) -> Result<usize, MatrixError> {
 }
 
 // ---- delayed events ----
+
+async fn schedule_unstable(
+    Extension(app): App,
+    who: Caller,
+    P(path): P<(String, String, String)>,
+    params: Params,
+    Json(body): Json,
+) -> Answer {
+    match app.with(|state, _| state.delayed_form()) {
+        DelayedForm::QueryParameter => Err(MatrixError::unrecognized(404)),
+        DelayedForm::Unstable | DelayedForm::Stable => schedule(&app, &who, path, &params, body),
+    }
+}
+
+async fn schedule_stable(
+    Extension(app): App,
+    who: Caller,
+    P(path): P<(String, String, String)>,
+    params: Params,
+    Json(body): Json,
+) -> Answer {
+    match app.with(|state, _| state.delayed_form()) {
+        DelayedForm::Stable => schedule(&app, &who, path, &params, body),
+        DelayedForm::QueryParameter | DelayedForm::Unstable => Err(MatrixError::unrecognized(404)),
+    }
+}
+
+fn schedule(
+    app: &Shared,
+    who: &Caller,
+    (room, kind, txn): (String, String, String),
+    params: &Params,
+    mut body: Object,
+) -> Answer {
+    let delay =
+        body.get("delay_ms").and_then(Value::as_u64).ok_or_else(|| MatrixError::missing_param("delay_ms"))?;
+    let Some(Value::Object(content)) = body.remove("content") else {
+        return Err(MatrixError::missing_param("content"));
+    };
+    let event = Outgoing {
+        room,
+        kind,
+        state_key: body.get("state_key").and_then(Value::as_str).map(str::to_owned),
+        txn: Some(txn),
+        content,
+        redacts: None,
+        delay: Some(Duration::from_millis(delay)),
+        sticky: params.duration("org.matrix.msc4354.sticky_duration_ms")?,
+    };
+    app.with(|state, now| state.send(now, who, event)).map(Reply)
+}
+
+async fn manage_delayed_stable(
+    Extension(app): App,
+    _: Caller,
+    P((id, action)): P<(String, String)>,
+) -> Answer {
+    if app.with(|state, _| state.delayed_form()) != DelayedForm::Stable {
+        return Err(MatrixError::unrecognized(404));
+    }
+    let action = Action::parse(&action).ok_or_else(|| MatrixError::unrecognized(404))?;
+    app.with(|state, now| state.manage_delayed(now, &id, action)).map(Reply)
+}
 
 async fn delayed_events(Extension(app): App, who: Caller) -> Answer {
     app.with(|state, _| state.delayed_events(&who)).map(Reply)

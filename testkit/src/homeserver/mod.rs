@@ -48,7 +48,7 @@ use self::{
 };
 pub use self::{
     faults::Faults,
-    state::{Limits, RoomVersion},
+    state::{DelayedForm, Limits, RoomVersion},
 };
 
 mod error;
@@ -67,6 +67,8 @@ pub struct Options {
     pub rtc_transports: Vec<Value>,
     /// The longest delay of a delayed event (MSC4140); longer ones are refused.
     pub max_delay: Duration,
+    /// How delayed events are scheduled.
+    pub delayed_form: DelayedForm,
     /// Whether anybody may register over HTTP. [`DevHomeserver::register_user`] works in any case.
     pub registration: bool,
     /// The version of rooms whose creator names none.
@@ -76,12 +78,14 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// `127.0.0.1` on a free port, no transports, delays up to 24 hours, open registration, room version 12.
+    /// `127.0.0.1` on a free port, no transports, delays up to 24 hours by query parameter, open registration, room
+    /// version 12.
     fn default() -> Self {
         Self {
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             rtc_transports: Vec::new(),
             max_delay: Duration::from_secs(24 * 3600),
+            delayed_form: DelayedForm::default(),
             registration: true,
             room_version: RoomVersion::default(),
             limits: Limits::default(),
@@ -121,6 +125,7 @@ impl DevHomeserver {
         let config = Config {
             server_name: server_name.clone(),
             max_delay: options.max_delay,
+            delayed_form: options.delayed_form,
             registration: options.registration,
             room_version: options.room_version,
             limits: options.limits,
@@ -186,6 +191,12 @@ impl DevHomeserver {
             device_id: field("device_id"),
             access_token: field("access_token"),
         })
+    }
+
+    /// Makes an access token expire: requests with it are refused with `M_UNKNOWN_TOKEN` and `soft_logout`, and the
+    /// device may log in again.
+    pub fn expire_access_token(&self, token: &str) {
+        self.shared.with(|state, _| state.expire_token(token));
     }
 
     /// Closes every connection and waits until the port is free.

@@ -128,6 +128,14 @@ impl JsSdk {
         }
     }
 
+    /// Forgets every media key that it was given, as an application does that loses its key ring. It sends nothing.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub async fn forget_keys(&self) -> Result<(), PeerError> {
+        self.driver.call("forget_keys", json!({}), COMMAND_LIMIT).await
+    }
+
     /// Leaves the call properly.
     ///
     /// # Errors
@@ -153,6 +161,17 @@ impl JsSdkState {
             .iter()
             .find(|key| key.user_id == user_id && key.device_id == device_id && key.index == index)?;
         STANDARD.decode(&found.key).ok()
+    }
+
+    /// The highest key index that it has of a device.
+    pub fn newest_index(&self, user_id: &str, device_id: &str) -> Option<u8> {
+        let keys = self.keys.iter().filter(|key| key.user_id == user_id && key.device_id == device_id);
+        keys.map(|key| key.index).max()
+    }
+
+    /// Whether it lists this user in the call.
+    pub fn lists(&self, user_id: &str) -> bool {
+        self.members.iter().any(|member| member.user_id == user_id)
     }
 }
 

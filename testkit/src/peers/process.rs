@@ -125,6 +125,29 @@ impl Process {
         self.child.kill().await.map_err(PeerError::machine(self.peer))
     }
 
+    /// SIGTERM, then SIGKILL after three seconds. Blocks the thread until the process is gone.
+    pub fn stop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        // The child is not reaped yet, so the id is still its own. The standard library sends only SIGKILL.
+        if self.signal("TERM") && self.ended_within(GRACE) {
+            return;
+        }
+        if self.child.start_kill().is_ok() {
+            self.ended_within(GRACE);
+        }
+    }
+
+    fn signal(&self, name: &str) -> bool {
+        self.child.id().is_some_and(|id| {
+            std::process::Command::new("sh")
+                .args(["-c", "kill -\"$1\" \"$2\"", "sh", name, &id.to_string()])
+                .status()
+                .is_ok_and(|status| status.success())
+        })
+    }
+
     fn ended_within(&mut self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         loop {
@@ -139,22 +162,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if !matches!(self.child.try_wait(), Ok(None)) {
-            return;
-        }
-        // The child is not reaped yet, so the id is still its own. The standard library sends only SIGKILL.
-        let asked = self.child.id().is_some_and(|id| {
-            std::process::Command::new("sh")
-                .args(["-c", "kill -TERM \"$1\"", "sh", &id.to_string()])
-                .status()
-                .is_ok_and(|status| status.success())
-        });
-        if asked && self.ended_within(GRACE) {
-            return;
-        }
-        if self.child.start_kill().is_ok() {
-            self.ended_within(GRACE);
-        }
+        self.stop();
     }
 }
 

@@ -76,7 +76,7 @@ pub struct Synapse {
     signing_key: String,
     http: reqwest::Client,
     // Last: the folder must outlive the process.
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// A logged-in device.
@@ -117,7 +117,7 @@ impl Synapse {
         ] {
             std::fs::write(folder.path().join(name), content).map_err(machine())?;
         }
-        let process = Process::start(PEER, command(&python, folder.path()), &folder.path().join("log"))?;
+        let process = Self::spawn(&python, folder.path())?;
         let http = reqwest::Client::builder()
             .timeout(REQUEST_LIMIT)
             .no_proxy()
@@ -132,10 +132,28 @@ impl Synapse {
             authority,
             signing_key,
             http,
-            _folder: folder,
+            folder,
         };
         synapse.until_ready().await?;
         Ok(synapse)
+    }
+
+    /// Stops it. Its data stays for [`Synapse::start_again`]. Blocks the thread for up to three seconds.
+    pub fn stop(&mut self) {
+        self.process.stop();
+    }
+
+    /// Starts it again after [`Synapse::stop`], on the same ports with the same data, and waits until it answers.
+    ///
+    /// # Errors
+    /// Why it did not start, with the end of its log.
+    pub async fn start_again(&mut self) -> Result<(), PeerError> {
+        self.process = Self::spawn(&Peer::Synapse.find()?, self.folder.path())?;
+        self.until_ready().await
+    }
+
+    fn spawn(python: &Path, folder: &Path) -> Result<Process, PeerError> {
+        Process::start(PEER, command(python, folder), &folder.join("log"))
     }
 
     /// The client-server API: `http://127.0.0.1:PORT`.

@@ -3,17 +3,22 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
 use livekit_protocol as proto;
 use livekit_signaling::{SignalClient, SignalError, SignalEvents, SignalOptions};
 
-use crate::transport::TransportError;
+use super::net::{self, Dial};
+use crate::{
+    foci::AddressRule,
+    transport::{TransportError, rtc::IceServer},
+};
 
-/// The newest LiveKit signalling protocol whose duties this transport fulfils (17 and below have no negotiated
-/// data channels).
-const PROTOCOL: u32 = 16;
+/// The newest LiveKit signalling protocol whose duties this transport fulfils: from 18 on, data channels are negotiated
+/// by number.
+const PROTOCOL: u32 = 17;
 /// One attempt to open the WebSocket and get the first answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -26,26 +31,38 @@ pub struct ConnectOptions {
     pub token: String,
     /// Whether the SFU sends every track without being asked (true by default).
     pub auto_subscribe: bool,
+    /// Whether to try signalling v1, with one peer connection for both directions, before v0 with two (true by
+    /// default). Servers without v1 are noticed.
+    pub single_peer_connection: bool,
     /// On which local addresses media travels.
     pub bind: Bind,
     /// STUN and TURN servers in addition to those that the SFU names. Unused with loopback addresses.
     pub ice_servers: Vec<IceServer>,
-    /// How many received frames may wait for the application before new ones are dropped.
-    pub frame_queue: usize,
+    /// TLS of the signalling connection; `None`: trust the system's roots.
+    pub tls: Option<Arc<rustls::ClientConfig>>,
+    /// Which addresses the signalling connection may go to.
+    pub addresses: AddressRule,
 }
 
 impl ConnectOptions {
-    /// The usual options: subscribe to everything, addresses by [`Bind::Auto`], 512 frames of queue.
+    /// The usual options: subscribe to everything, addresses by [`Bind::Auto`].
     #[must_use]
     pub fn new(url: impl Into<String>, token: impl Into<String>) -> Self {
         Self {
             url: url.into(),
             token: token.into(),
             auto_subscribe: true,
+            single_peer_connection: true,
             bind: Bind::Auto,
             ice_servers: Vec::new(),
-            frame_queue: 512,
+            tls: None,
+            addresses: AddressRule::Any,
         }
+    }
+
+    /// How the signalling connection is opened, the first time and on resuming.
+    pub(super) fn dial(&self) -> Dial {
+        Dial { tls: self.tls.clone(), addresses: self.addresses }
     }
 
     /// The local socket addresses that [`Self::bind`] means for this URL.
@@ -69,61 +86,22 @@ impl fmt::Debug for ConnectOptions {
             .field("url", &self.url)
             .field("token", &"redacted")
             .field("auto_subscribe", &self.auto_subscribe)
+            .field("single_peer_connection", &self.single_peer_connection)
             .field("bind", &self.bind)
             .field("ice_servers", &self.ice_servers)
-            .field("frame_queue", &self.frame_queue)
             .finish()
     }
 }
 
 /// On which local addresses media travels.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Bind {
     /// Every interface; only `127.0.0.1` if the SFU's URL names a loopback host.
+    #[default]
     Auto,
     /// Exactly these addresses; port 0 picks a free one.
     Addresses(Vec<SocketAddr>),
-}
-
-/// A STUN or TURN server.
-#[derive(Clone, PartialEq, Eq)]
-pub struct IceServer {
-    /// `stun:` and `turn:` URLs. TURN over TCP or TLS is not supported; such URLs are left out.
-    pub urls: Vec<String>,
-    /// TURN user name; empty for STUN.
-    pub username: String,
-    /// TURN password; empty for STUN.
-    pub credential: String,
-}
-
-impl IceServer {
-    /// The same without URLs that the engine cannot use; `None` if none is left.
-    pub(super) fn usable(self) -> Option<Self> {
-        let urls: Vec<_> = self
-            .urls
-            .into_iter()
-            .filter(|url| {
-                let usable = (url.starts_with("stun:") || url.starts_with("turn:"))
-                    && !url.to_ascii_lowercase().contains("transport=tcp");
-                if !usable {
-                    tracing::info!(url, "left out: only STUN and TURN over UDP are supported");
-                }
-                usable
-            })
-            .collect();
-        (!urls.is_empty()).then_some(Self { urls, ..self })
-    }
-}
-
-impl fmt::Debug for IceServer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("IceServer")
-            .field("urls", &self.urls)
-            .field("username", &self.username)
-            .field("credential", &"redacted")
-            .finish()
-    }
 }
 
 impl From<proto::IceServer> for IceServer {
@@ -132,30 +110,31 @@ impl From<proto::IceServer> for IceServer {
     }
 }
 
-/// Opens the signalling connection (v0: two peer connections) with `token`.
+/// Opens the signalling connection with `token`: v1 with `offer` if there is one, and v0 without it or if the server has
+/// no v1.
 pub(super) async fn open_signalling(
     options: &ConnectOptions,
     token: &str,
+    offer: Option<proto::SessionDescription>,
 ) -> Result<(SignalClient, proto::JoinResponse, SignalEvents), TransportError> {
-    // Without a process-wide provider the TLS client panics, and an application that never chose one must not
-    // learn it that way. Whoever chose before keeps their choice.
-    if rustls::crypto::CryptoProvider::get_default().is_none()
-        && rustls::crypto::aws_lc_rs::default_provider().install_default().is_err()
-    {
-        tracing::debug!("another thread chose a TLS provider first");
-    }
     let mut signal = SignalOptions::default();
     signal.auto_subscribe = options.auto_subscribe;
-    signal.single_peer_connection = false;
+    signal.single_peer_connection = offer.is_some();
     signal.region_failover = false;
     signal.protocol_version = PROTOCOL;
     signal.client_capabilities = Vec::new();
     signal.connect_timeout = CONNECT_TIMEOUT;
     // Each step inside has a time limit; this one holds for their sum.
-    tokio::time::timeout(CONNECT_TIMEOUT * 3, SignalClient::connect(&options.url, token, signal, None))
+    let connecting = net::with(options.dial(), SignalClient::connect(&options.url, token, signal, offer));
+    let (client, join, events) = tokio::time::timeout(CONNECT_TIMEOUT * 3, connecting)
         .await
         .map_err(|_| TransportError::Timeout(CONNECT_TIMEOUT * 3, "connecting to the SFU"))?
-        .map_err(refusal)
+        .map_err(refusal)?;
+    // The signalling client needs our sid to resume the connection.
+    if join.participant.as_ref().is_none_or(|own| own.sid.is_empty()) {
+        return Err(TransportError::Signal("the SFU's join response does not name us".into()));
+    }
+    Ok((client, join, events))
 }
 
 /// What a failed connection means for the caller.
@@ -220,19 +199,6 @@ mod tests {
             credential: "verysecret".into(),
         }];
         assert!(!format!("{options:?}").contains("verysecret"));
-    }
-
-    #[test]
-    fn only_usable_ice_servers_are_kept() {
-        let server = |urls: &[&str]| IceServer {
-            urls: urls.iter().map(|url| (*url).to_owned()).collect(),
-            username: String::new(),
-            credential: String::new(),
-        };
-        let kept =
-            server(&["stun:a", "turns:b:443?transport=tcp", "turn:c?transport=TCP", "turn:d"]).usable();
-        assert_eq!(kept, Some(server(&["stun:a", "turn:d"])));
-        assert_eq!(server(&["turns:b:443"]).usable(), None);
     }
 
     #[test]

@@ -1,180 +1,241 @@
 //! Media over a LiveKit SFU.
 //!
-//! The signalling is LiveKit's v0: two peer connections, one that we offer (our tracks) and one that the SFU
-//! offers (everybody else's). `session` is the task that owns both and restores them; what it decides by is
-//! in plain structs without I/O: `roster` (who is there), `publications` (what we publish), `packet`
-//! (frames to RTP and back), `sections` (which track a media section carries), `pace` (how often).
-//! `engine` is the only place that knows the WebRTC engine, with the work-arounds that it needs.
+//! The signalling is LiveKit's v1, with one peer connection that carries both directions, or v0 with two. `session` is
+//! the task that owns the connection; `settle` is what it does for the application, `hear` what it does about messages
+//! of the SFU, and `restore` what it does when the connection is lost. `link` is one connection, from join to loss.
+//! Decisions are made in plain structs without I/O: `desired` (the application's wishes), `roster` (participants and
+//! their tracks), `publications` (the way of our tracks to the SFU), `data` (the framing of data packets), `bitrate`
+//! (shares of the uplink). Only `rtc::engine` knows the WebRTC engine and the work-arounds that it needs.
 //!
-//! What it does not do: simulcast, codecs other than Opus and VP8, data channels, TURN over TCP or TLS, bandwidth
-//! estimation (frames come encoded), resuming a connection (it always connects afresh).
+//! What it does not do:
+//!
+//! - TURN over TCP or TLS, which the engine lacks. SFUs that listen on TCP are reached by it where UDP is blocked.
+//! - Sender reports from SFUs that name the media section in the same packet, as LiveKit does: the engine rejects it.
+//! - Estimates of the downlink (REMB): an SFU that relies on them, as LiveKit does by default, never pauses our tracks.
+//! - Audio levels in packets: SFUs that find speakers by them do not see ours.
+//! - Retransmission streams for simulcast: lost packets are sent again as they were.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use std::{
-    collections::HashMap,
-    sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
+use bytes::Bytes;
+use livekit_protocol::JoinResponse;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
-pub use self::connect::{Bind, ConnectOptions, IceServer};
+pub use self::connect::{Bind, ConnectOptions};
 use self::{
+    channels::{Outbound, QUEUE},
+    data::Sequences,
+    desired::Desired,
     events::EventSink,
-    incoming::IncomingTracks,
-    outgoing::LocalTrack,
-    session::{Command, Link, Session},
+    link::Link,
+    local::LocalTrack,
+    remote::RemoteTracks,
+    session::Session,
 };
+pub use super::rtc::IceServer;
 use crate::{
     media::TrackSpec,
-    transport::{LocalTrackId, MediaTransport, TrackSid, TransportError, TransportEvent, WireFrame},
+    transport::{
+        DataPacket, FrameReceiver, LocalTrackId, MediaTransport, Outlet, Subscription, TrackSid,
+        TransportError, TransportEvent,
+    },
 };
 
+mod bitrate;
+mod channels;
 mod connect;
-mod engine;
+mod data;
+mod desired;
+mod ending;
 mod events;
-mod incoming;
-mod outgoing;
-mod pace;
-mod packet;
+mod hear;
+mod link;
+mod local;
+mod net;
+mod peers;
 mod publications;
+mod remote;
+mod requests;
+mod restore;
 mod roster;
-mod sections;
 mod session;
+mod settle;
 
-/// Commands that may wait for the session.
-const COMMANDS: usize = 64;
+/// How long leaving may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One member's connection to a LiveKit SFU room.
 ///
-/// It restores itself when the connection is lost ([`TransportEvent::Reconnecting`]) and publishes the local
-/// tracks again under the same [`LocalTrackId`]. Dropping it leaves the room.
+/// It restores itself when the connection is lost ([`TransportEvent::Reconnecting`]) and publishes the local tracks
+/// again under the same [`LocalTrackId`]. Dropping it leaves the room.
 #[derive(Debug)]
 pub struct LiveKitTransport {
-    commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
+    data: mpsc::Sender<DataPacket>,
 }
 
 impl LiveKitTransport {
     /// Enters the room that the token names. Media connects in the background.
     ///
-    /// The receiver must be read: control events wait for it, and dropping it leaves the room.
+    /// The receiver must be read: the connection waits for its reader, and dropping it leaves the room.
     ///
     /// # Errors
-    /// [`TransportError::Unauthorised`], [`TransportError::RoomCreationRestricted`] or
-    /// [`TransportError::Capacity`] if the SFU refuses, [`TransportError::Signal`] or
-    /// [`TransportError::Timeout`] if it cannot be reached, [`TransportError::Media`] if no local address can
-    /// be bound.
+    /// [`TransportError::Unauthorised`], [`TransportError::RoomCreationRestricted`] or [`TransportError::Capacity`] if
+    /// the SFU refuses, [`TransportError::Signal`] or [`TransportError::Timeout`] if it cannot be reached,
+    /// [`TransportError::Media`] if no local address can be bound.
     pub async fn connect(
         options: ConnectOptions,
     ) -> Result<(Arc<Self>, mpsc::Receiver<TransportEvent>), TransportError> {
-        let (link, join) = Link::open(&options, &options.token).await?;
-        let (events, receiver) = EventSink::new(options.frame_queue);
+        let (link, join) = open(&options).await?;
+        let (events, receiver) = EventSink::new();
+        let (data, queue) = mpsc::channel(QUEUE);
         let shared = Arc::new(Shared {
             events: Arc::new(events),
-            incoming: Arc::new(IncomingTracks::default()),
-            locals: RwLock::new(HashMap::new()),
-            closed: AtomicBool::new(false),
+            desired: Desired::default(),
+            remote: RemoteTracks::default(),
+            outbound: tokio::sync::Mutex::new(Outbound::new(queue)),
+            sequences: Mutex::default(),
+            ended: CancellationToken::new(),
         });
-        let (commands, inbox) = mpsc::channel(COMMANDS);
-        let session = Session::new(options, Arc::clone(&shared), inbox);
-        tokio::spawn(session.run(link, join));
-        Ok((Arc::new(Self { commands, shared }), receiver))
+        tokio::spawn(Session::new(options, Arc::clone(&shared)).run(link, join));
+        Ok((Arc::new(Self { shared, data }), receiver))
     }
+}
 
-    /// How many frames were dropped so far.
-    #[must_use]
-    pub fn statistics(&self) -> LiveKitStatistics {
-        let locals = self.shared.locals.read().unwrap_or_else(PoisonError::into_inner);
-        LiveKitStatistics {
-            outgoing_dropped: locals.values().map(|track| track.dropped()).sum(),
-            incoming_dropped: self.shared.events.dropped(),
+/// Opens the first connection. Dropping the future leaves the room again.
+async fn open(options: &ConnectOptions) -> Result<(Link, JoinResponse), TransportError> {
+    let (opened, answer) = oneshot::channel();
+    let options = options.clone();
+    tokio::spawn(async move {
+        let result = Link::open(&options, &options.token).await;
+        if let Err(Ok((link, _))) = opened.send(result) {
+            link.close(true).await;
         }
-    }
+    });
+    answer.await.unwrap_or(Err(TransportError::Closed))
+}
 
-    async fn command<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.ok()?;
-        answer.await.ok()
+impl Drop for LiveKitTransport {
+    fn drop(&mut self) {
+        self.shared.events.close();
+        self.shared.desired.close();
     }
 }
 
 #[async_trait]
 impl MediaTransport for LiveKitTransport {
-    /// Resolves when the SFU has the track and media can flow, which is within 15 s on a live connection; during
-    /// a reconnection it waits for its end.
-    async fn publish(&self, spec: TrackSpec, encrypted: bool) -> Result<LocalTrackId, TransportError> {
-        self.command(|reply| Command::Publish { spec, encrypted, reply })
-            .await
-            .unwrap_or(Err(TransportError::Closed))
+    /// Resolves when the SFU has the track and media can flow, which is within 15 s on a live connection; during a
+    /// reconnection it waits for its end.
+    async fn publish(
+        &self,
+        track: LocalTrackId,
+        spec: TrackSpec,
+        encrypted: bool,
+    ) -> Result<Arc<dyn Outlet>, TransportError> {
+        requests::check(&spec)?;
+        let (local, answer) = LocalTrack::new(track, spec, encrypted);
+        self.shared.desired.publish(Arc::clone(&local))?;
+        let publication = Publication { shared: &self.shared, local: Some(local) };
+        answer.await.unwrap_or(Err(TransportError::Closed))?;
+        publication.keep().map(|local| local as Arc<dyn Outlet>).ok_or(TransportError::Closed)
     }
 
-    async fn unpublish(&self, track: LocalTrackId) {
-        self.command(|done| Command::Unpublish { track, done }).await;
+    fn unpublish(&self, track: LocalTrackId) {
+        if let Some(local) = self.shared.desired.track(track) {
+            self.shared.desired.unpublish(&local);
+            local.answer(Err(TransportError::TrackRefused("unpublished before it was live".to_owned())));
+        }
     }
 
     /// Frames of a muted track are dropped here, from before the SFU is told.
-    async fn set_muted(&self, track: LocalTrackId, muted: bool) {
-        if let Some(local) = self.shared.local(track) {
+    fn set_muted(&self, track: LocalTrackId, muted: bool) {
+        if let Some(local) = self.shared.desired.track(track) {
             local.set_muted(muted);
-            self.command(|done| Command::TellMuted { track, done }).await;
+            self.shared.desired.touch();
         }
     }
 
-    async fn send(&self, track: LocalTrackId, frame: WireFrame) -> Result<(), TransportError> {
-        if self.shared.closed.load(Ordering::Relaxed) {
-            return Err(TransportError::Closed);
-        }
-        let local = self.shared.local(track).ok_or(TransportError::UnknownTrack)?;
-        local.send(frame).await;
-        Ok(())
+    fn attach(&self, sid: &TrackSid, receiver: Option<Arc<dyn FrameReceiver>>) {
+        self.shared.remote.attach(sid, receiver);
+    }
+
+    fn subscribe(&self, sid: &TrackSid, subscription: Subscription) {
+        self.shared.desired.subscribe(sid, subscription);
     }
 
     /// At most one request per track every 500 ms is sent; others are left out, so ask again while it is needed.
-    async fn request_key_frame(&self, sid: &TrackSid) {
-        self.shared.incoming.request_key_frame(sid).await;
+    fn request_key_frame(&self, sid: &TrackSid) {
+        self.shared.remote.request_key_frame(sid);
+    }
+
+    /// Reliable packets survive a resumed connection; one that had to be opened afresh may lose the last of them.
+    fn send_data(&self, packet: DataPacket) -> Result<(), TransportError> {
+        data::check(&packet)?;
+        if self.shared.desired.is_closed() {
+            return Err(TransportError::Closed);
+        }
+        self.data.try_send(packet).map_err(|_| TransportError::Congested)?;
+        self.shared.desired.want_data();
+        Ok(())
     }
 
     async fn close(&self) {
-        // The session may be waiting for a reader who has stopped reading.
+        // The session may be waiting for a reader that has stopped reading.
         self.shared.events.close();
-        self.command(|done| Command::Close { done }).await;
+        self.shared.desired.close();
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.shared.ended.cancelled()).await.is_err() {
+            tracing::warn!("an SFU connection did not close in time");
+        }
     }
 }
 
-/// Counters of a [`LiveKitTransport`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct LiveKitStatistics {
-    /// Frames of present local tracks that were not sent: the track was muted, the connection not up, or the
-    /// frame too large.
-    pub outgoing_dropped: u64,
-    /// Received frames that found the event queue full.
-    pub incoming_dropped: u64,
+/// A publication that is under way: dropping it takes the track back.
+struct Publication<'a> {
+    shared: &'a Shared,
+    local: Option<Arc<LocalTrack>>,
+}
+
+impl Publication<'_> {
+    fn keep(mut self) -> Option<Arc<LocalTrack>> {
+        self.local.take()
+    }
+}
+
+impl Drop for Publication<'_> {
+    fn drop(&mut self) {
+        if let Some(local) = self.local.take() {
+            self.shared.desired.unpublish(&local);
+        }
+    }
 }
 
 /// What the transport's handle and its session share.
 #[derive(Debug)]
 struct Shared {
     events: Arc<EventSink>,
-    incoming: Arc<IncomingTracks>,
-    locals: RwLock<HashMap<LocalTrackId, Arc<LocalTrack>>>,
-    closed: AtomicBool,
+    desired: Desired,
+    remote: RemoteTracks,
+    outbound: tokio::sync::Mutex<Outbound>,
+    /// Of the reliable packets that arrived.
+    sequences: Mutex<Sequences>,
+    /// Cancelled after the last event.
+    ended: CancellationToken,
 }
 
 impl Shared {
-    fn local(&self, track: LocalTrackId) -> Option<Arc<LocalTrack>> {
-        self.locals.read().unwrap_or_else(PoisonError::into_inner).get(&track).cloned()
-    }
-
-    fn add(&self, track: Arc<LocalTrack>) {
-        self.locals.write().unwrap_or_else(PoisonError::into_inner).insert(track.id, track);
-    }
-
-    fn remove(&self, track: LocalTrackId) {
-        self.locals.write().unwrap_or_else(PoisonError::into_inner).remove(&track);
+    /// Nothing follows.
+    fn end(&self, reason: crate::transport::DisconnectReason) {
+        self.desired.end();
+        self.remote.set_trailer(Bytes::new());
+        self.remote.retain(|_| false);
+        self.sequences.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.events.last(TransportEvent::Disconnected(reason));
+        self.ended.cancel();
     }
 }

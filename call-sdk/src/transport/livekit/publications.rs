@@ -62,6 +62,17 @@ impl Publications {
         negotiated
     }
 
+    /// The first offer went out with the request to join.
+    pub(super) fn offered_on_joining(&mut self, now: Instant) {
+        self.last_offer = 1;
+        self.offer = Some((1, now + ANSWER_TO_OFFER));
+    }
+
+    /// Makes an offer due, for what no track asks for.
+    pub(super) fn require_offer(&mut self) {
+        self.dirty = true;
+    }
+
     /// The id of the offer to make now, if one is due and none is under way.
     pub(super) fn next_offer(&mut self, now: Instant) -> Option<u32> {
         if !self.dirty || self.offer.is_some() {
@@ -76,6 +87,11 @@ impl Publications {
             }
         }
         Some(self.last_offer)
+    }
+
+    /// Whether something is asked or offered that the other side may have got or not.
+    pub(super) fn is_undecided(&self) -> bool {
+        self.offer.is_some() || self.tracks.values().any(|stage| matches!(stage, Stage::Asked { .. }))
     }
 
     /// Whether an answer with this id belongs to the offer under way. Zero is "unknown" and is taken.
@@ -114,6 +130,11 @@ impl Publications {
     /// Whether the SFU carries the track.
     pub(super) fn is_live(&self, track: LocalTrackId) -> bool {
         matches!(self.tracks.get(&track), Some(Stage::Live { .. }))
+    }
+
+    /// The tracks that the SFU has a name for.
+    pub(super) fn granted(&self) -> impl Iterator<Item = (LocalTrackId, &str)> {
+        self.tracks.keys().filter_map(|track| Some((*track, self.sid(*track)?)))
     }
 
     /// Whether every track is live.
@@ -166,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_track_granted_during_a_negotiation_waits_for_the_next() {
+    fn track_granted_during_negotiation_waits_for_next_offer() {
         let now = start();
         let mut all = Publications::default();
         all.ask(now, A, "a".into());
@@ -176,18 +197,19 @@ mod tests {
         let first = all.next_offer(now).unwrap();
         assert_eq!(all.grant("b", "TR_b".into()), Some(B));
         assert_eq!(all.next_offer(now), None, "one at a time");
+        assert!(all.is_undecided());
         assert!(!all.expects_answer(first + 1) && all.expects_answer(first) && all.expects_answer(0));
         assert_eq!(all.answered(), [A]);
         assert!(!all.settled());
         let second = all.next_offer(now).unwrap();
         assert!(second > first);
         assert_eq!(all.answered(), [B]);
-        assert!(all.settled());
+        assert!(all.settled() && !all.is_undecided());
         assert_eq!((all.sid(B), all.track_of("TR_a")), (Some("TR_b"), Some(A)));
     }
 
     #[test]
-    fn refusal_concerns_only_who_asked() {
+    fn refusal_of_unknown_cid_is_ignored() {
         let now = start();
         let mut all = Publications::default();
         all.ask(now, A, "a".into());
@@ -198,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_is_negotiated_if_it_was_ever_granted() {
+    fn removal_of_granted_track_requires_an_offer() {
         let now = start();
         let mut all = Publications::default();
         all.ask(now, A, "a".into());
@@ -213,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_has_deadlines() {
+    fn missing_answers_are_overdue() {
         let now = start();
         let mut all = Publications::default();
         all.ask(now, A, "a".into());

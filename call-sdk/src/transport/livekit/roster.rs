@@ -1,19 +1,22 @@
-//! Who is in the SFU room and what they publish, by the SFU's updates.
+//! The participants in the SFU room and their tracks, by the SFU's updates.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use livekit_protocol as proto;
 
 use crate::{
-    media::{Codec, TrackSource},
+    media::TrackSource,
     member::ParticipantIdentity,
-    transport::{RemoteTrack, TrackSid, TransportEvent},
+    transport::{RemoteTrack, Speaker, TrackSid, TransportEvent, rtc::engine::codec_of_mime},
 };
 
 /// More participants than any call has; a hostile SFU must not fill memory.
 const MOST_PARTICIPANTS: usize = 10_000;
 /// More tracks than any participant publishes.
 const MOST_TRACKS: usize = 64;
+
+/// Characters of a track's name that are kept.
+const LONGEST_NAME: usize = 256;
 
 /// What an update says about one participant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,34 +46,22 @@ fn remote_track(info: proto::TrackInfo) -> Option<RemoteTrack> {
     if info.r#type() == proto::TrackType::Data || info.sid.is_empty() {
         return None;
     }
-    Some(RemoteTrack {
-        source: match info.source() {
-            proto::TrackSource::Camera => TrackSource::Camera,
-            proto::TrackSource::Microphone => TrackSource::Microphone,
-            proto::TrackSource::ScreenShare => TrackSource::ScreenShare,
-            proto::TrackSource::ScreenShareAudio => TrackSource::ScreenShareAudio,
-            proto::TrackSource::Unknown => TrackSource::Unknown,
-        },
-        codec: codec_of_mime(&info.mime_type),
-        announced_encrypted: info.encryption() != proto::encryption::Type::None,
-        muted: info.muted,
-        sid: TrackSid(info.sid),
-    })
-}
-
-/// The codec that a MIME type such as `video/VP8` names.
-pub(super) fn codec_of_mime(mime: &str) -> Option<Codec> {
-    const NAMES: [(&str, Codec); 7] = [
-        ("audio/opus", Codec::Opus),
-        // Opus with redundancy; it arrives as plain Opus, as RED is never negotiated here.
-        ("audio/red", Codec::Opus),
-        ("video/vp8", Codec::Vp8),
-        ("video/vp9", Codec::Vp9),
-        ("video/h264", Codec::H264),
-        ("video/h265", Codec::H265),
-        ("video/av1", Codec::Av1),
-    ];
-    NAMES.iter().find(|(name, _)| mime.eq_ignore_ascii_case(name)).map(|(_, codec)| *codec)
+    let source = match info.source() {
+        proto::TrackSource::Camera => TrackSource::Camera,
+        proto::TrackSource::Microphone => TrackSource::Microphone,
+        proto::TrackSource::ScreenShare => TrackSource::ScreenShare,
+        proto::TrackSource::ScreenShareAudio => TrackSource::ScreenShareAudio,
+        proto::TrackSource::Unknown => TrackSource::Unknown,
+    };
+    let codec = codec_of_mime(&info.mime_type);
+    let announced_encrypted = info.encryption() != proto::encryption::Type::None;
+    let mut track = RemoteTrack::new(TrackSid(info.sid), source);
+    track.codec = codec;
+    track.announced_encrypted = announced_encrypted;
+    track.muted = info.muted;
+    track.dimensions = (info.width, info.height);
+    track.name = info.name.chars().take(LONGEST_NAME).collect();
+    Some(track)
 }
 
 /// The participants other than us.
@@ -78,7 +69,10 @@ pub(super) fn codec_of_mime(mime: &str) -> Option<Codec> {
 pub(super) struct Roster {
     /// Our identity; none before the first join.
     own: Option<ParticipantIdentity>,
+    own_sid: String,
     others: BTreeMap<ParticipantIdentity, Known>,
+    /// Loudness of the active speakers, by participant sid.
+    speaking: HashMap<String, f32>,
 }
 
 #[derive(Debug)]
@@ -89,13 +83,16 @@ struct Known {
 }
 
 impl Roster {
-    /// Takes the whole room, as a join answers it; who is not in it has left.
+    /// Takes the whole room, as the join response lists it; participants that are missing have left.
     pub(super) fn snapshot(
         &mut self,
         own: ParticipantIdentity,
+        own_sid: String,
         others: Vec<ParticipantView>,
     ) -> Vec<TransportEvent> {
         self.own = Some(own);
+        self.own_sid = own_sid;
+        self.speaking.clear();
         let missing: Vec<_> = self
             .others
             .keys()
@@ -143,6 +140,9 @@ impl Roster {
                 })
             }
         };
+        if known.sid != view.sid {
+            self.speaking.remove(&known.sid);
+        }
         known.sid = view.sid;
         known.version = view.version;
         let identity = &view.identity;
@@ -162,8 +162,50 @@ impl Roster {
         events
     }
 
+    /// The participant with this sid.
+    pub(super) fn identity(&self, sid: &str) -> Option<&ParticipantIdentity> {
+        if self.own_sid == sid {
+            return self.own.as_ref();
+        }
+        self.others.iter().find(|(_, known)| known.sid == sid).map(|(identity, _)| identity)
+    }
+
+    /// All remote tracks.
+    pub(super) fn tracks(&self) -> impl Iterator<Item = &TrackSid> {
+        self.others.values().flat_map(|known| known.tracks.keys())
+    }
+
+    pub(super) fn has_track(&self, sid: &TrackSid) -> bool {
+        self.others.values().any(|known| known.tracks.contains_key(sid))
+    }
+
+    /// Takes changes of speakers; returns all active ones, loudest first, if any of them is known.
+    pub(super) fn speakers(&mut self, changes: &[proto::SpeakerInfo]) -> Option<Vec<Speaker>> {
+        let mut changed = false;
+        for change in changes {
+            if change.active && self.identity(&change.sid).is_some() {
+                self.speaking.insert(change.sid.clone(), change.level.clamp(0.0, 1.0));
+                changed = true;
+            } else {
+                changed |= self.speaking.remove(&change.sid).is_some();
+            }
+        }
+        changed.then(|| {
+            let mut speakers: Vec<_> = self
+                .speaking
+                .iter()
+                .filter_map(|(sid, level)| {
+                    Some(Speaker { identity: self.identity(sid)?.clone(), level: *level })
+                })
+                .collect();
+            speakers.sort_by(|a, b| b.level.total_cmp(&a.level).then_with(|| a.identity.cmp(&b.identity)));
+            speakers
+        })
+    }
+
     fn remove(&mut self, identity: &ParticipantIdentity) -> Vec<TransportEvent> {
         let Some(known) = self.others.remove(identity) else { return Vec::new() };
+        self.speaking.remove(&known.sid);
         let ended = known
             .tracks
             .into_keys()
@@ -178,19 +220,18 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::media::Codec;
 
     fn id(name: &str) -> ParticipantIdentity {
         ParticipantIdentity(name.to_owned())
     }
 
     fn track(sid: &str, muted: bool) -> RemoteTrack {
-        RemoteTrack {
-            sid: TrackSid(sid.to_owned()),
-            source: TrackSource::Camera,
-            codec: Some(Codec::Vp8),
-            announced_encrypted: true,
-            muted,
-        }
+        let mut track = RemoteTrack::new(TrackSid(sid.to_owned()), TrackSource::Camera);
+        track.codec = Some(Codec::Vp8);
+        track.announced_encrypted = true;
+        track.muted = muted;
+        track
     }
 
     fn view(identity: &str, sid: &str, version: u32, tracks: &[RemoteTrack]) -> ParticipantView {
@@ -204,11 +245,11 @@ mod tests {
     }
 
     fn joined(roster: &mut Roster, others: Vec<ParticipantView>) -> Vec<TransportEvent> {
-        roster.snapshot(id("me"), others)
+        roster.snapshot(id("me"), "PA_0".to_owned(), others)
     }
 
     #[test]
-    fn join_publish_mute_end_leave() {
+    fn participant_changes_become_events() {
         let mut roster = Roster::default();
         assert_eq!(
             joined(&mut roster, vec![view("bob", "PA_1", 3, &[])]),
@@ -229,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rejoin_under_the_same_identity_replaces_the_session() {
+    fn rejoin_with_same_identity_replaces_session() {
         let mut roster = Roster::default();
         joined(&mut roster, vec![view("bob", "PA_1", 9, &[track("TR_1", false)])]);
         let events = roster.update(view("bob", "PA_2", 1, &[]));
@@ -242,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_tells_who_left_meanwhile() {
+    fn snapshot_reports_missing_participants_as_left() {
         let mut roster = Roster::default();
         joined(
             &mut roster,
@@ -253,13 +294,43 @@ mod tests {
     }
 
     #[test]
-    fn we_are_not_among_the_others() {
+    fn own_participant_is_ignored() {
         let mut roster = Roster::default();
         assert_eq!(joined(&mut roster, vec![view("me", "PA_0", 1, &[track("TR_9", false)])]), []);
     }
 
+    #[test]
+    fn speakers_are_sorted_and_known() {
+        let mut roster = Roster::default();
+        joined(&mut roster, vec![view("bob", "PA_1", 1, &[]), view("eve", "PA_2", 1, &[])]);
+        let speaks = |sid: &str, level, active| proto::SpeakerInfo { sid: sid.to_owned(), level, active };
+        let names = |speakers: Option<Vec<Speaker>>| {
+            speakers.map(|list| list.into_iter().map(|s| s.identity.0).collect::<Vec<_>>())
+        };
+        let loud = roster.speakers(&[
+            speaks("PA_1", 0.2, true),
+            speaks("PA_2", 7.0, true),
+            speaks("PA_0", f32::NAN, true),
+            speaks("PA_9", 1.0, true),
+        ]);
+        assert_eq!(
+            names(loud).map(|mut list| {
+                list.sort();
+                list
+            }),
+            Some(vec!["bob".into(), "eve".into(), "me".into()])
+        );
+        assert_eq!(
+            names(roster.speakers(&[speaks("PA_0", 0.0, false)])),
+            Some(vec!["eve".into(), "bob".into()])
+        );
+        assert_eq!(roster.speakers(&[speaks("PA_9", 1.0, true)]), None, "unknown participant");
+        roster.update(ParticipantView { gone: true, ..view("eve", "PA_2", 2, &[]) });
+        assert_eq!(names(roster.speakers(&[speaks("PA_1", 0.5, true)])), Some(vec!["bob".into()]));
+    }
+
     proptest! {
-        /// Whoever follows the events knows exactly the present participants and tracks.
+        /// The events alone tell exactly the present participants and tracks.
         #[test]
         fn events_and_state_agree(updates in prop::collection::vec(
             (0_u8..3, 0_u8..3, 0_u32..6, any::<bool>(), prop::collection::vec((0_u8..4, any::<bool>()), 0..4), any::<bool>()), 0..60)) {

@@ -1,7 +1,7 @@
 //! A port to Matrix that also keeps a copy of every media key that comes in.
 //!
-//! Members of a call hold each other's keys, so a member who leaves can keep them. The demo lets one do just
-//! that, to show that they open nothing that is sent afterwards. The SDK itself never hands a key out.
+//! Members of a call hold each other's keys, so a member who leaves can keep them. The demo lets one do just that, to
+//! show that they open nothing that is sent afterwards. The SDK itself never hands a key out.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -9,19 +9,15 @@ use std::{
 };
 
 use antiphon_call_sdk::{
-    key::MediaKey,
+    Device, MediaKey, OwnTrust, TrustPolicy,
     matrix::{
-        KeySendError, MatrixError, MatrixPort, MemberDevice, OpenIdToken, RoomFacts, RoomView, Update,
-        sdk::SdkRoom,
+        Delivery, MatrixError, MatrixPort, MatrixReply, MatrixRequest, MatrixUpdate, RequestError, RoomView,
+        ToDeviceBatch, sdk::SdkRoom,
     },
-    media_keys::wire,
-    member::LiveKitFocus,
-    membership::own::{Reply, Request, RequestError},
 };
-use matrix_sdk::{
-    async_trait,
-    ruma::{DeviceId, OwnedUserId, RoomId, UserId},
-};
+use async_trait::async_trait;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use matrix_sdk::ruma::{OwnedUserId, RoomId};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
@@ -44,62 +40,46 @@ impl KeyTap {
 
 #[async_trait]
 impl MatrixPort for KeyTap {
-    fn user_id(&self) -> &UserId {
-        self.inner.user_id()
-    }
-
-    fn device_id(&self) -> &DeviceId {
-        self.inner.device_id()
+    fn device(&self) -> &Device {
+        self.inner.device()
     }
 
     fn room_id(&self) -> &RoomId {
         self.inner.room_id()
     }
 
-    async fn room_facts(&self) -> Result<RoomFacts, MatrixError> {
-        self.inner.room_facts().await
+    fn trust(&self) -> TrustPolicy {
+        self.inner.trust()
+    }
+
+    async fn own_trust(&self) -> Result<OwnTrust, MatrixError> {
+        self.inner.own_trust().await
     }
 
     async fn room_view(&self) -> Result<RoomView, MatrixError> {
         self.inner.room_view().await
     }
 
-    async fn membership_request(
-        &self,
-        state_key: &str,
-        request: Request,
-        timeout: Duration,
-    ) -> Result<Reply, RequestError> {
-        self.inner.membership_request(state_key, request, timeout).await
+    async fn perform(&self, request: MatrixRequest, timeout: Duration) -> Result<MatrixReply, RequestError> {
+        self.inner.perform(request, timeout).await
     }
 
-    async fn send_key(
-        &self,
-        recipients: &[MemberDevice],
-        content: Value,
-    ) -> Result<Vec<MemberDevice>, KeySendError> {
-        self.inner.send_key(recipients, content).await
+    async fn send_to_device(&self, batch: ToDeviceBatch, outcomes: mpsc::Sender<(Device, Delivery)>) {
+        self.inner.send_to_device(batch, outcomes).await;
     }
 
-    async fn openid_token(&self) -> Result<OpenIdToken, MatrixError> {
-        self.inner.openid_token().await
-    }
-
-    async fn livekit_foci(&self) -> Result<Vec<LiveKitFocus>, MatrixError> {
-        self.inner.livekit_foci().await
-    }
-
-    async fn updates(&self) -> mpsc::Receiver<Update> {
+    async fn updates(&self) -> mpsc::Receiver<MatrixUpdate> {
         let mut from = self.inner.updates().await;
         let (tx, rx) = mpsc::channel(64);
         let kept = self.kept.clone();
         tokio::spawn(async move {
             while let Some(update) = from.recv().await {
-                if let Update::Key(received) = &update
-                    && let Ok(message) = wire::parse(&received.content)
+                if let MatrixUpdate::ToDevice(received) = &update
+                    && received.event_type == "io.element.call.encryption_keys"
+                    && let Some(key) = key(&received.content)
                 {
                     let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                    kept.push((received.sender.clone(), message.key));
+                    kept.push((received.sender.clone(), key));
                 }
                 if tx.send(update).await.is_err() {
                     return;
@@ -108,4 +88,9 @@ impl MatrixPort for KeyTap {
         });
         rx
     }
+}
+
+/// The key in a key message, as deployed clients write it.
+fn key(content: &Value) -> Option<MediaKey> {
+    MediaKey::new(STANDARD.decode(content["keys"]["key"].as_str()?).ok()?).ok()
 }

@@ -19,10 +19,10 @@ use antiphon_examples::init;
 ///
 /// Without options everything runs in this process, on loopback: a development homeserver, a focus with its
 /// authorisation service, and three members that play short VP8 and Opus recordings to each other. A fourth user
-/// with a valid SFU token, but without a key, listens in and must not understand a thing.
+/// with a valid SFU token, but without a key, listens in and must decrypt nothing.
 ///
 /// With --homeserver the same call is held on a running homeserver (its users are registered for the occasion, so
-/// open registration is needed, or three --account options). The focus still runs in this process unless
+/// open registration is needed, or four --account options). The focus still runs in this process unless
 /// --service-url names another.
 ///
 /// Exit status: 0 if every claim of the verdict held, 1 if one did not, 2 for wrong usage.

@@ -2,26 +2,18 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use antiphon_call_sdk::{
-    call::{Call, CallEvent, CallOptions, CallStats, LiveKitConnector},
-    key::KeyIndex,
-    matrix::{TrustPolicy, sdk::SdkRoom},
-    media::Recording,
-    member::{LiveKitFocus, ParticipantIdentity},
-    transport::livekit::Bind,
+    Call, CallEvent, CallOptions, EndReason, LiveKitConnector, LiveKitFocus, Recording, Session,
+    TrackSummary, TrustPolicy,
 };
-use antiphon_examples::play;
+use antiphon_examples::{play, trouble};
 use anyhow::{Context as _, Result};
-use bytes::Bytes;
-use matrix_sdk::{Room, ruma::OwnedUserId};
-use tokio::task::JoinHandle;
+use matrix_sdk::ruma::{OwnedUserId, RoomId};
+use tokio::task::JoinSet;
 
 use crate::key_tap::{KeptKeys, KeyTap};
 
@@ -33,25 +25,25 @@ const MEDIA: [(&str, &[u8], &[u8]); 3] = [
 ];
 
 /// A member's name, picture and sound.
-pub(crate) struct Cast {
+pub(crate) struct Part {
     pub(crate) name: &'static str,
     recordings: [Arc<Recording>; 2],
 }
 
-/// Every frame that a member sends, to compare with what the others receive.
-pub(crate) type Scripts = Arc<HashMap<OwnedUserId, HashSet<Bytes>>>;
+/// Every frame that each member sends, to compare with what the others receive.
+pub(crate) type Scripts = Arc<HashMap<OwnedUserId, HashSet<Vec<u8>>>>;
 
-pub(crate) fn cast() -> Result<Vec<Cast>> {
+pub(crate) fn cast() -> Result<Vec<Part>> {
     let read = |bytes: &'static [u8]| Recording::read(std::io::Cursor::new(bytes)).map(Arc::new);
     MEDIA
         .iter()
-        .map(|(name, picture, sound)| Ok(Cast { name, recordings: [read(picture)?, read(sound)?] }))
+        .map(|(name, picture, sound)| Ok(Part { name, recordings: [read(picture)?, read(sound)?] }))
         .collect()
 }
 
-impl Cast {
-    pub(crate) fn script(&self) -> HashSet<Bytes> {
-        self.recordings.iter().flat_map(|r| r.frames()).map(|f| f.payload.clone()).collect()
+impl Part {
+    pub(crate) fn script(&self) -> HashSet<Vec<u8>> {
+        self.recordings.iter().flat_map(|r| r.frames()).map(|f| f.payload.to_vec()).collect()
     }
 }
 
@@ -59,82 +51,63 @@ impl Cast {
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     /// Frames received per sender that are byte for byte in that sender's recording.
-    pub(crate) identical: HashMap<ParticipantIdentity, u64>,
+    pub(crate) identical: HashMap<OwnedUserId, u64>,
     /// Frames that are not.
     pub(crate) foreign: u64,
-    pub(crate) own_keys: Vec<KeyIndex>,
-    pub(crate) trouble: Vec<String>,
+    /// What must not happen in a call among friends.
+    pub(crate) failures: Vec<String>,
+    /// What may happen, and explains a failed claim.
+    pub(crate) remarks: Vec<String>,
 }
 
 /// A member in the call.
 pub(crate) struct Member {
     pub(crate) name: &'static str,
     pub(crate) call: Call,
-    pub(crate) kept: KeptKeys,
+    kept: KeptKeys,
     seen: Arc<Mutex<Seen>>,
     changed: Arc<tokio::sync::Notify>,
-    quiet: Arc<AtomicBool>,
-    tasks: Vec<JoinHandle<()>>,
+    // Aborted when dropped.
+    _tasks: JoinSet<()>,
 }
 
 impl Member {
     pub(crate) async fn join(
-        cast: &Cast,
-        room: &Room,
+        part: &Part,
+        session: &Session,
+        room: &RoomId,
         focus: &LiveKitFocus,
         scripts: &Scripts,
     ) -> Result<Self> {
-        let (port, kept) = KeyTap::new(SdkRoom::new(room.clone(), TrustPolicy::CrossSigned)?);
-        let mut options = CallOptions::default();
-        options.focus = Some(focus.clone());
-        options.intent = Some("video".to_owned());
-        let (call, mut events) =
-            Call::join_through(Arc::new(port), Arc::new(LiveKitConnector::new(Bind::Auto)?), options)
-                .await
-                .with_context(|| format!("{} could not join the call", cast.name))?;
-        let (seen, changed) = (Arc::new(Mutex::new(Seen::default())), Arc::new(tokio::sync::Notify::new()));
-        let quiet = Arc::new(AtomicBool::new(false));
-        let mut tasks = Vec::new();
-        for recording in &cast.recordings {
+        let (port, kept) = KeyTap::new(session.room(room, TrustPolicy::CrossSigned)?);
+        let options = CallOptions::default().with_focus(focus.clone()).with_intent("video".to_owned());
+        let connector = Arc::new(LiveKitConnector::new(options.livekit())?);
+        let (call, mut events) = Call::join_through(Arc::new(port), connector, options)
+            .await
+            .with_context(|| format!("{} could not join the call", part.name))?;
+        let mut tasks = JoinSet::new();
+        for recording in &part.recordings {
             let track = call.publish(recording.track()).await?;
             let recording = recording.clone();
-            let quiet = quiet.clone();
-            tasks.push(tokio::spawn(async move {
+            tasks.spawn(async move {
                 if let Err(error) = play(&track, &recording).await {
-                    // The end of the call also ends the playing.
-                    if !quiet.load(Ordering::Relaxed) {
-                        tracing::warn!(%error, "playing stopped");
-                    }
+                    tracing::warn!(%error, "playing stopped");
                 }
-            }));
+            });
         }
+        let (seen, changed) = (Arc::new(Mutex::new(Seen::default())), Arc::new(tokio::sync::Notify::new()));
         let (log, scripts, notify) = (seen.clone(), scripts.clone(), changed.clone());
-        tasks.push(tokio::spawn(async move {
+        tasks.spawn(async move {
             while let Some(event) = events.next().await {
-                let mut seen = log.lock().unwrap_or_else(PoisonError::into_inner);
-                match event {
-                    CallEvent::Frame { member, frame, .. } => {
-                        if scripts.get(&member.user_id).is_some_and(|s| s.contains(&frame.payload)) {
-                            *seen.identical.entry(member.identity).or_default() += 1;
-                        } else {
-                            seen.foreign += 1;
-                        }
-                    }
-                    CallEvent::OwnKeyInUse(index) => seen.own_keys.push(index),
-                    CallEvent::KeyRejected { sender, reason } => {
-                        seen.trouble.push(format!("key of {sender} refused: {reason}"));
-                    }
-                    CallEvent::Ended { reason } if reason != "left" => seen.trouble.push(reason),
-                    _ => {}
-                }
+                log.lock().unwrap_or_else(PoisonError::into_inner).add(&event, &scripts);
                 notify.notify_waiters();
             }
-        }));
-        Ok(Self { name: cast.name, call, kept, seen, changed, quiet, tasks })
+        });
+        Ok(Self { name: part.name, call, kept, seen, changed, _tasks: tasks })
     }
 
-    pub(crate) fn stats(&self) -> CallStats {
-        self.call.stats()
+    pub(crate) fn tracks(&self) -> Vec<TrackSummary> {
+        self.call.tracks()
     }
 
     /// Reads what was seen so far.
@@ -156,13 +129,33 @@ impl Member {
         tokio::time::timeout(limit, waiting).await.is_ok()
     }
 
-    pub(crate) async fn leave(self) -> (KeptKeys, CallStats) {
-        self.quiet.store(true, Ordering::Relaxed);
-        let stats = self.call.stats();
-        for task in &self.tasks {
-            task.abort();
-        }
+    /// Leaves, and returns the keys that the member kept.
+    pub(crate) async fn leave(self) -> KeptKeys {
         self.call.leave().await;
-        (self.kept, stats)
+        self.kept
+    }
+}
+
+impl Seen {
+    fn add(&mut self, event: &CallEvent, scripts: &Scripts) {
+        if let CallEvent::Frame { from, frame } = event {
+            let sender = &from.member.user_id;
+            if scripts.get(sender).is_some_and(|script| script.contains(&frame.payload[..])) {
+                *self.identical.entry(sender.clone()).or_default() += 1;
+            } else {
+                self.foreign += 1;
+            }
+            return;
+        }
+        let Some(trouble) = trouble(event) else { return };
+        let is_failure = match event {
+            CallEvent::PeerRefused { .. }
+            | CallEvent::KeyRejected { .. }
+            | CallEvent::OwnDeviceNotTrusted(_)
+            | CallEvent::MediaBlocked { .. } => true,
+            CallEvent::Ended(reason) => *reason != EndReason::Left,
+            _ => false,
+        };
+        if is_failure { &mut self.failures } else { &mut self.remarks }.push(trouble);
     }
 }

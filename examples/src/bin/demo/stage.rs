@@ -1,7 +1,9 @@
 //! The stage: a homeserver, a focus, and four users of whom three share an encrypted room.
 
-use antiphon_call_sdk::member::LiveKitFocus;
-use antiphon_examples::Session;
+use std::path::Path;
+
+use antiphon_call_sdk::{LiveKitFocus, Session, SessionOptions};
+use antiphon_examples::enter;
 use antiphon_focus::{Config, Focus, FocusHandle};
 use antiphon_testkit::homeserver::{DevHomeserver, Options as HomeserverOptions};
 use anyhow::{Context as _, Result, bail};
@@ -23,10 +25,12 @@ pub(crate) struct Stage {
     pub(crate) homeserver_url: String,
     pub(crate) focus: LiveKitFocus,
     pub(crate) room_id: OwnedRoomId,
-    /// Alice, Bob and Carol, each with the room as their client sees it.
-    pub(crate) members: Vec<(Session, Room)>,
-    /// Who is not in the room.
+    /// Alice, Bob and Carol.
+    pub(crate) members: Vec<Session>,
+    /// Not in the room.
     pub(crate) intruder: Session,
+    /// The sessions' devices; removed at the end.
+    _devices: tempfile::TempDir,
     homeserver: Option<DevHomeserver>,
     focus_handle: Option<FocusHandle>,
 }
@@ -60,29 +64,30 @@ impl Stage {
         }
 
         let accounts = accounts(options, &homeserver_url).await?;
+        let devices = tempfile::Builder::new().prefix("antiphon-demo-").tempdir()?;
         let mut sessions = Vec::new();
-        for (user, password) in &accounts {
-            sessions.push(Session::log_in(&homeserver_url, user, password).await?);
+        for account in &accounts {
+            sessions.push(log_in(&homeserver_url, account, devices.path()).await?);
         }
         let intruder = sessions.pop().context("four accounts are needed")?;
         step("four users registered and logged in, each device signed by its owner");
 
         let room_id = create_room(&sessions).await?;
-        let mut members = Vec::new();
-        for session in sessions {
-            let room = session.enter(&room_id).await?;
-            members.push((session, room));
+        let mut rooms = Vec::new();
+        for session in &sessions {
+            rooms.push(enter(session, (&*room_id).into()).await?);
         }
-        for (session, room) in &members {
-            wait_for_members(session, room, members.len()).await?;
+        for (session, room) in sessions.iter().zip(&rooms) {
+            wait_for_members(session, room, sessions.len()).await?;
         }
         step(&format!("encrypted room {room_id} with three of them"));
         Ok(Self {
             homeserver_url,
-            focus: LiveKitFocus { service_url },
+            focus: LiveKitFocus::of_service(service_url.parse()?),
             room_id,
-            members,
+            members: sessions,
             intruder,
+            _devices: devices,
             homeserver,
             focus_handle,
         })
@@ -123,6 +128,12 @@ async fn accounts(options: &Options, homeserver: &str) -> Result<Vec<(String, St
     Ok(accounts)
 }
 
+async fn log_in(homeserver: &str, (user, password): &(String, String), devices: &Path) -> Result<Session> {
+    let options =
+        SessionOptions::new(homeserver.parse()?, user.as_str(), password.as_str(), devices.join(user));
+    Session::log_in_or_restore(options).await.with_context(|| format!("{user} cannot log in"))
+}
+
 /// Registers by the dummy stage of user-interactive authentication, as open homeservers allow.
 async fn register(homeserver: &str, user: &str, password: &str) -> Result<()> {
     let http = reqwest::Client::new();
@@ -158,17 +169,18 @@ async fn create_room(sessions: &[Session]) -> Result<OwnedRoomId> {
     let mut request = create_room::v3::Request::new();
     request.name = Some("Antiphon demo".to_owned());
     request.preset = Some(RoomPreset::PrivateChat);
-    request.invite = sessions[1..].iter().filter_map(|s| s.client.user_id().map(ToOwned::to_owned)).collect();
+    request.invite =
+        sessions[1..].iter().filter_map(|s| s.client().user_id().map(ToOwned::to_owned)).collect();
     request.initial_state = vec![Raw::<AnyInitialStateEvent>::from_json_string(encryption.to_string())?];
     request.power_level_content_override =
         Some(Raw::<RoomPowerLevelsEventContent>::from_json_string(levels.to_string())?.cast_unchecked());
     let room =
-        sessions[0].client.create_room(request).await.context("the homeserver does not create a room")?;
+        sessions[0].client().create_room(request).await.context("the homeserver does not create a room")?;
     Ok(room.room_id().to_owned())
 }
 
 async fn wait_for_members(session: &Session, room: &Room, count: usize) -> Result<()> {
-    let mut changes = session.client.subscribe_to_all_room_updates();
+    let mut changes = session.client().subscribe_to_all_room_updates();
     let complete = async {
         while room.members(RoomMemberships::JOIN).await?.len() < count {
             // Lagging only means that something changed, so look again.

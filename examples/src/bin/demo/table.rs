@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use antiphon_call_sdk::{call::TrackStats, transport::TrackSid};
+use antiphon_call_sdk::{TrackSid, TrackSummary};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
 use crate::member::Member;
@@ -67,13 +67,15 @@ impl LiveTable {
             "first frame",
         ]);
         for member in members {
-            let present = member.call.members();
-            let mut tracks = member.stats().tracks;
-            tracks.retain(|t| present.iter().any(|m| m.identity == t.identity));
-            tracks.sort_by(|a, b| (&a.identity, a.codec.is_audio()).cmp(&(&b.identity, b.codec.is_audio())));
+            let mut tracks = member.tracks();
+            tracks.sort_by_key(|track| {
+                (track.from.member.key(), track.from.track.codec.is_some_and(|c| c.is_audio()))
+            });
             for track in tracks {
-                let before = self.bytes.insert((member.name, track.sid.clone()), track.bytes);
-                let rate = since.zip(before).map(|(time, before)| kilobits(track.bytes - before, time));
+                let bytes = track.stats.bytes;
+                let before = self.bytes.insert((member.name, track.from.track.sid.clone()), bytes);
+                let rate =
+                    since.zip(before).map(|(time, before)| kilobits(bytes.saturating_sub(before), time));
                 table.add_row(row(member.name, &track, rate));
             }
         }
@@ -86,21 +88,21 @@ impl LiveTable {
     }
 }
 
-fn row(receiver: &str, track: &TrackStats, rate: Option<f64>) -> [String; 10] {
+fn row(receiver: &str, track: &TrackSummary, rate: Option<f64>) -> [String; 10] {
     let none = || "–".to_owned();
-    let sender =
-        track.identity.0.trim_start_matches('@').split(['-', ':']).next().unwrap_or_default().to_owned();
+    let (from, stats) = (&track.from, &track.stats);
+    let sender = from.member.user_id.localpart().split('-').next().unwrap_or_default().to_owned();
     [
         receiver.to_owned(),
         sender,
-        format!("{:?}", track.codec),
-        track.received.to_string(),
-        track.opened.to_string(),
-        track.refused.to_string(),
-        track.missing_key.to_string(),
-        track.key_index.map_or_else(none, |i| i.0.to_string()),
+        from.track.codec.map_or_else(none, |codec| format!("{codec:?}")),
+        stats.received.to_string(),
+        stats.opened.to_string(),
+        stats.refused.to_string(),
+        stats.missing_key.to_string(),
+        stats.key_index.map_or_else(none, |i| i.0.to_string()),
         rate.map_or_else(none, |r| format!("{r:.0}")),
-        track.first_opened.map_or_else(none, |d| format!("{} ms", d.as_millis())),
+        stats.first_opened.map_or_else(none, |d| format!("{} ms", d.as_millis())),
     ]
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, sync::PoisonError, time::Duration};
 
-use antiphon_call_sdk::key::MediaKey;
+use antiphon_call_sdk::{MediaKey, TrackSummary};
 use anyhow::{Context as _, Result};
 
 use crate::{
@@ -24,6 +24,7 @@ const ENOUGH: u64 = 50;
 #[derive(Debug, Default)]
 pub(crate) struct Verdict {
     claims: Vec<(bool, String)>,
+    remarks: Vec<String>,
 }
 
 impl Verdict {
@@ -34,6 +35,13 @@ impl Verdict {
     fn claim(&mut self, held: bool, text: impl Into<String>) {
         self.claims.push((held, text.into()));
     }
+
+    /// Takes over what a member reports: failures as claims that did not hold, the rest as remarks.
+    fn reports(&mut self, member: &Member) {
+        let (failures, remarks) = member.seen(|seen| (seen.failures.clone(), seen.remarks.clone()));
+        self.claims.extend(failures.into_iter().map(|text| (false, format!("{}: {text}", member.name))));
+        self.remarks.extend(remarks.into_iter().map(|text| format!("{}: {text}", member.name)));
+    }
 }
 
 impl fmt::Display for Verdict {
@@ -41,6 +49,12 @@ impl fmt::Display for Verdict {
         writeln!(f, "\nVerdict")?;
         for (held, text) in &self.claims {
             writeln!(f, "  {} {text}", if *held { "✓" } else { "✗" })?;
+        }
+        if !self.remarks.is_empty() {
+            writeln!(f, "Remarks of the members")?;
+        }
+        for remark in &self.remarks {
+            writeln!(f, "  · {remark}")?;
         }
         let summary = if self.holds() { "Every claim held." } else { "At least one claim did NOT hold." };
         writeln!(f, "{summary}")
@@ -51,14 +65,14 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     let mut verdict = Verdict::default();
     let cast = cast()?;
     let mut scripts = HashMap::new();
-    for (part, (session, _)) in cast.iter().zip(&stage.members) {
-        scripts.insert(session.client.user_id().context("not logged in")?.to_owned(), part.script());
+    for (part, session) in cast.iter().zip(&stage.members) {
+        scripts.insert(session.client().user_id().context("not logged in")?.to_owned(), part.script());
     }
     let scripts: Scripts = Arc::new(scripts);
 
     let mut members = Vec::new();
-    for (part, (_, room)) in cast.iter().zip(&stage.members) {
-        members.push(Member::join(part, room, &stage.focus, &scripts).await?);
+    for (part, session) in cast.iter().zip(&stage.members) {
+        members.push(Member::join(part, session, &stage.room_id, &stage.focus, &scripts).await?);
         step(&format!("{} joined the call", part.name));
     }
     let intruder = Intruder::enter(&stage.intruder, &stage.focus, &stage.room_id)
@@ -81,7 +95,7 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
         identical > 0 && foreign == 0,
         format!("{identical} frames decrypted, every one byte for byte as its sender's encoder wrote it"),
     );
-    let refused: u64 = members.iter().flat_map(|m| m.stats().tracks).map(|t| t.refused).sum();
+    let refused: u64 = members.iter().flat_map(Member::tracks).map(|track| track.stats.refused).sum();
     verdict.claim(refused == 0, format!("{refused} frames failed to decrypt under a key that was there"));
 
     let before = intruder.take();
@@ -100,7 +114,8 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     let keys_before: Vec<_> = members.iter().map(|m| m.call.own_key_index()).collect();
     let leaver = members.pop().context("three members")?;
     let name = leaver.name;
-    let (kept, _) = leaver.leave().await;
+    verdict.reports(&leaver);
+    let kept = leaver.leave().await;
     step(&format!("{name} left and kept the others' keys"));
     let rotated = watch(&mut table, &members, ROTATION, |members| {
         members.iter().zip(&keys_before).all(|(m, before)| m.call.own_key_index() != *before)
@@ -111,7 +126,7 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
 
     let kept = kept.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let (mut worked, mut tried, mut still) = (0, 0, 0);
-    // Frames that were sealed just before the change may still be under way: they are thrown away.
+    // Frames that were sealed just before the change may still be under way: they do not count.
     tokio::time::sleep(Duration::from_secs(1)).await;
     intruder.take();
     watch(&mut table, &members, Duration::from_secs(3), |_| false).await;
@@ -138,11 +153,7 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
     }
     verdict.claim(all, "the two who stayed go on hearing each other under the new keys");
 
-    for member in &members {
-        for trouble in member.seen(|s| s.trouble.clone()) {
-            verdict.claim(false, format!("{}: {trouble}", member.name));
-        }
-    }
+    members.iter().for_each(|member| verdict.reports(member));
     intruder.leave().await;
     for member in members {
         member.leave().await;
@@ -152,8 +163,13 @@ pub(crate) async fn hold_call(stage: &Stage, talk: Duration) -> Result<Verdict> 
 
 /// Whether a member has heard enough from each of `others`.
 fn hears(member: &Member, others: usize) -> bool {
-    let tracks = member.stats().tracks;
-    let audible = |audio: bool| tracks.iter().filter(|t| t.codec.is_audio() == audio && t.opened > 0).count();
+    let tracks = member.tracks();
+    let audible = |audio: bool| {
+        let is = |track: &&TrackSummary| {
+            track.from.track.codec.is_some_and(|codec| codec.is_audio() == audio) && track.stats.opened > 0
+        };
+        tracks.iter().filter(is).count()
+    };
     let enough = member.seen(|s| s.identical.values().filter(|n| **n >= ENOUGH).count());
     audible(true) >= others && audible(false) >= others && enough >= others
 }

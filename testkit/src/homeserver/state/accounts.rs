@@ -51,7 +51,15 @@ fn hash(salt: &str, password: &str) -> [u8; 32] {
 
 impl State {
     pub(in crate::homeserver) fn caller(&self, token: &str) -> Result<Caller, MatrixError> {
-        self.tokens.get(token).cloned().ok_or_else(MatrixError::unknown_token)
+        let is_expired = self.expired_tokens.contains(token);
+        self.tokens.get(token).cloned().ok_or_else(|| MatrixError::unknown_token(is_expired))
+    }
+
+    /// The token no longer counts, but its device stays, as where access tokens have a lifetime.
+    pub(in crate::homeserver) fn expire_token(&mut self, token: &str) {
+        if self.tokens.remove(token).is_some() {
+            self.expired_tokens.insert(token.to_owned());
+        }
     }
 
     pub(in crate::homeserver) fn username_available(&self, localpart: &str) -> Answer {
@@ -187,6 +195,7 @@ impl State {
         let replaced = entry.token.replace(token.clone());
         if let Some(old) = replaced {
             self.tokens.remove(&old);
+            self.expired_tokens.remove(&old);
         }
         self.tokens.insert(token.clone(), Caller { user: user.clone(), device: device.clone() });
         Ok(json!({

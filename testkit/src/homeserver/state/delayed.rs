@@ -1,7 +1,7 @@
 //! Delayed events (MSC4140): scheduled, restarted, cancelled, sent at once, or sent when their time comes.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::Duration,
 };
 
@@ -12,6 +12,18 @@ use crate::homeserver::{
     error::MatrixError,
     ids::{Caller, DelayId, RoomId, Timestamp, UserId},
 };
+
+/// How delayed events are scheduled and managed (MSC4140).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DelayedForm {
+    /// By a query parameter of the ordinary requests, as on Synapse 1.163. Other paths do not exist.
+    #[default]
+    QueryParameter,
+    /// By the dedicated endpoint under its unstable path; the query parameter is ignored, and the event is sent at once.
+    Unstable,
+    /// By the dedicated endpoint under its stable or its unstable path.
+    Stable,
+}
 
 /// What the owner, or whoever they told the delay id, may do with a scheduled event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +83,12 @@ pub(super) struct DelayedEvents {
     due: BTreeSet<(Timestamp, DelayId)>,
     by_user: HashMap<UserId, BTreeSet<DelayId>>,
     by_slot: HashMap<StateSlot, BTreeSet<DelayId>>,
+    /// The latest that were sent or cancelled.
+    finalised: VecDeque<DelayId>,
 }
+
+/// Delayed events that are remembered after they were sent or cancelled.
+const FINALISED: usize = 1_000;
 
 impl DelayedEvents {
     fn of(&self, user: &str) -> impl Iterator<Item = (&DelayId, &Scheduled)> {
@@ -95,6 +112,13 @@ impl DelayedEvents {
             forget(&mut self.by_slot, &slot, &id);
         }
         Some(event)
+    }
+
+    fn finalise(&mut self, id: &str) {
+        self.finalised.push_back(DelayId::new(id));
+        if self.finalised.len() > FINALISED {
+            self.finalised.pop_front();
+        }
     }
 
     /// A state event by somebody else makes the scheduled one moot; by the same sender it does not.
@@ -174,15 +198,24 @@ impl State {
         id: &str,
         action: Action,
     ) -> Answer {
-        let event = self.delayed.remove(id).ok_or_else(unknown)?;
+        let Some(event) = self.delayed.remove(id) else {
+            let is_final = self.delayed.finalised.iter().any(|known| **known == *id);
+            let is_told = self.config.delayed_form != DelayedForm::QueryParameter;
+            return Err(if is_final && is_told { already_final() } else { unknown() });
+        };
         match action {
-            Action::Cancel => {}
+            Action::Cancel => self.delayed.finalise(id),
             Action::Restart => self.delayed.insert(DelayId::new(id), Scheduled { since: now, ..event }),
             Action::Send => {
+                self.delayed.finalise(id);
                 self.send_draft(now, &event.room, event.draft)?;
             }
         }
         Ok(json!({}))
+    }
+
+    pub(in crate::homeserver) fn delayed_form(&self) -> DelayedForm {
+        self.config.delayed_form
     }
 
     /// When [`Self::fire_due`] has something to do.
@@ -196,11 +229,16 @@ impl State {
             && due <= now
         {
             let Some(event) = self.delayed.remove(&id) else { break };
+            self.delayed.finalise(&id);
             if let Err(refusal) = self.send_draft(now, &event.room, event.draft) {
                 tracing::debug!(delay_id = %id, refusal = %refusal.body, "a delayed event was refused");
             }
         }
     }
+}
+
+fn already_final() -> MatrixError {
+    MatrixError::new(409, "M_UNKNOWN", "The delayed event was already sent or cancelled")
 }
 
 fn unknown() -> MatrixError {

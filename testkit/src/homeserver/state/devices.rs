@@ -133,7 +133,7 @@ impl State {
 
     pub(super) fn transactions(&mut self, who: &Caller) -> Result<&mut Transactions, MatrixError> {
         let device = self.users.get_mut(&who.user).and_then(|account| account.devices.get_mut(&who.device));
-        device.map(|device| &mut device.transactions).ok_or_else(MatrixError::unknown_token)
+        device.map(|device| &mut device.transactions).ok_or_else(|| MatrixError::unknown_token(false))
     }
 }
 

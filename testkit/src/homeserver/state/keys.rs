@@ -71,7 +71,7 @@ impl State {
             }
         }
         let device = self.user_mut(&who.user)?.devices.get_mut(&who.device);
-        let device = device.ok_or_else(MatrixError::unknown_token)?;
+        let device = device.ok_or_else(|| MatrixError::unknown_token(false))?;
         for (id, key) in objects(body, "one_time_keys") {
             let algorithm = algorithm(id)?;
             let queue = device.one_time_keys.entry(algorithm.to_owned()).or_default();

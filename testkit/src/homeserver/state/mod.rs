@@ -29,13 +29,13 @@ mod sync;
 #[cfg(test)]
 mod tests;
 
-pub use self::power::RoomVersion;
 use self::{accounts::User, delayed::DelayedEvents, keys::DeviceChanges, room::Room};
 pub(super) use self::{
     accounts::push_rules,
     delayed::Action,
     rooms::{Direction, MessagesQuery, Outgoing},
 };
+pub use self::{delayed::DelayedForm, power::RoomVersion};
 
 /// The body of a successful answer, or the refusal.
 pub(super) type Answer = Result<Value, MatrixError>;
@@ -90,6 +90,7 @@ impl Default for Limits {
 pub(super) struct Config {
     pub(super) server_name: String,
     pub(super) max_delay: Duration,
+    pub(super) delayed_form: DelayedForm,
     pub(super) registration: bool,
     pub(super) room_version: RoomVersion,
     pub(super) limits: Limits,
@@ -101,6 +102,7 @@ pub(super) struct State {
     pos: Pos,
     users: BTreeMap<UserId, User>,
     tokens: HashMap<String, Caller>,
+    expired_tokens: BTreeSet<String>,
     rooms: HashMap<RoomId, Room>,
     aliases: BTreeMap<String, RoomId>,
     device_changes: DeviceChanges,
@@ -118,6 +120,7 @@ impl State {
             pos: Pos::default(),
             users: BTreeMap::new(),
             tokens: HashMap::new(),
+            expired_tokens: BTreeSet::new(),
             rooms: HashMap::new(),
             aliases: BTreeMap::new(),
             device_changes: DeviceChanges::default(),

@@ -110,7 +110,9 @@ impl Event {
         {
             unsigned.insert("transaction_id".into(), json!(txn));
         }
-        if let Some(until) = self.sticky_until() {
+        // As on Synapse, a redacted event stays in the section of sticky ones, but does not say that it sticks.
+        let sticky = self.sticky.filter(|_| self.redacted_because.is_none());
+        if let Some(until) = sticky.and_then(|_| self.sticky_until()) {
             let left = now.until(until).as_millis() as u64;
             unsigned.insert("msc4354_sticky_duration_ttl_ms".into(), left.into());
         }
@@ -135,7 +137,7 @@ impl Event {
         if let Some(redacts) = &self.redacts {
             event["redacts"] = json!(redacts);
         }
-        if let Some(duration) = self.sticky {
+        if let Some(duration) = sticky {
             event["msc4354_sticky"] = json!({"duration_ms": duration.as_millis() as u64});
         }
         event

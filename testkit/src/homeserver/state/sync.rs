@@ -170,7 +170,7 @@ impl State {
         end: Pos,
     ) -> Result<(Vec<Value>, Pos), MatrixError> {
         let device = self.user_mut(&who.user)?.devices.get_mut(&who.device);
-        let device = device.ok_or_else(MatrixError::unknown_token)?;
+        let device = device.ok_or_else(|| MatrixError::unknown_token(false))?;
         device.last_seen = Some(now);
         if let Some(since) = since {
             let waiting = device.inbox.partition_point(|(pos, _)| *pos <= since.to_device);

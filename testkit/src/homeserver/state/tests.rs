@@ -23,6 +23,7 @@ impl Hs {
         let mut config = Config {
             server_name: "localhost:1".to_owned(),
             max_delay: Duration::from_secs(3600),
+            delayed_form: DelayedForm::QueryParameter,
             registration: true,
             room_version: RoomVersion::V12,
             limits: Limits::default(),

@@ -1,0 +1,462 @@
+//! The machine that joins all the others.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rand::{CryptoRng, SeedableRng as _, rngs::StdRng};
+use ruma_common::{OwnedEventId, OwnedUserId};
+
+use super::{
+    config::{EncryptionPolicy, MachineConfig},
+    event::{CallEvent, ConnectFailure, ConnectFailureKind, EndReason, NoMediaCause},
+    media_keys::{KeyEvent, KeyInput, KeyOutput, KeySource, MediaKeys, MediaKeysConfig, SendId},
+    membership::{
+        own::{self, OwnMembership},
+        roster::{Change, Roster},
+        slots::{self, SlotStatus},
+        wire::{MembershipMode, OwnDescription},
+    },
+    messages::{AccessWanted, CallStatus, Input, Output, RequestId},
+    notify::{self, Attention, Notice, Notify},
+    own_foci::{OwnFoci, Verdict},
+    peers::{Peer, PeerChange, PeerTrack, Peers},
+    report::{self, CallReport, MemberReport, Step, Timeline, TrackReport, stage},
+    routing::{RouteOutput, Routing, Wanted},
+    sealing::Sealing,
+};
+use crate::{
+    key::{KeyIndex, MediaKey},
+    matrix::{
+        Delivery, EventWrite, MatrixReply, MatrixRequest, MatrixUpdate, RequestError, RoomView, ServerSupport,
+    },
+    media::TrackSpec,
+    member::{Device, Member, MemberId, MemberKey, MembershipForm, Slot},
+    time::Now,
+    transport::{
+        ConnectionId, DataBody, DataPacket, LiveKitFocus, LocalTrackId, NamedBy, Transport, TransportEvent,
+    },
+};
+
+/// How often peers, tracks and old keys are looked through.
+const SWEEP_EVERY: Duration = Duration::from_secs(2);
+/// How long a track that should flow may be silent before the application is told why.
+const NO_MEDIA_AFTER: Duration = Duration::from_secs(10);
+/// Wait after the room could not be read; doubled up to the maximum.
+const READ_AGAIN: Duration = Duration::from_secs(1);
+const READ_AGAIN_MAX: Duration = Duration::from_secs(30);
+/// How long a membership that a sync has just brought may lack its sender in the list of joined users.
+const NOT_IN_ROOM_AFTER: Duration = Duration::from_secs(10);
+/// Users that are named as the source of one focus: homeservers to ask for its tokens.
+const MAX_NAMERS: usize = 8;
+/// How long an event may take to be sent.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long leaving may take before everything is released.
+const LEAVE_WITHIN: Duration = Duration::from_secs(5);
+
+mod around;
+mod joining;
+mod keys;
+mod media;
+
+/// One call. See the [module](super).
+pub struct CallMachine {
+    config: MachineConfig,
+    phase: Phase,
+    status: CallStatus,
+    timeline: Timeline,
+    outputs: VecDeque<Output>,
+    room: Room,
+    slot: Slot,
+    support: Option<ServerSupport>,
+    own: OwnMembership,
+    roster: Roster,
+    keys: MediaKeys,
+    /// Our membership's id, once it is needed.
+    member_id: Option<MemberId>,
+    joined_users: BTreeSet<OwnedUserId>,
+    rng: StdRng,
+    peers: Peers,
+    routing: Routing,
+    foci: OwnFoci,
+    discovering: bool,
+    discovered: bool,
+    notify: Notify,
+    /// Our newest membership event.
+    own_event_id: Option<OwnedEventId>,
+    /// Whether the room was invited, or need not be.
+    invited: bool,
+    sealing: Arc<Sealing>,
+    locals: BTreeMap<LocalTrackId, Local>,
+    requests: BTreeMap<RequestId, Origin>,
+    last_request: u64,
+    next_sweep: Instant,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    /// The room, the foci and the server's abilities are asked for.
+    Preparing,
+    /// Membership, keys and connections are kept.
+    Running,
+    Leaving {
+        reason: EndReason,
+        until: Instant,
+    },
+    Over,
+}
+
+/// What is known of the room.
+#[derive(Debug, Default)]
+struct Room {
+    known: bool,
+    reading: bool,
+    dirty: bool,
+    read_again: Option<Instant>,
+    failures: u32,
+    encrypted: bool,
+    version: String,
+    /// Since when we are not joined to the room.
+    absent_since: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Local {
+    spec: TrackSpec,
+    muted: bool,
+    /// The connection that was asked to carry it.
+    on: Option<ConnectionId>,
+    /// Its publisher was told that it is live.
+    told: bool,
+}
+
+/// Who asked for a request.
+#[derive(Debug)]
+enum Origin {
+    Support,
+    Own(own::RequestId),
+    Keys(SendId),
+    Invite,
+    Hand,
+    /// Nobody waits for its outcome.
+    Write,
+}
+
+impl CallMachine {
+    /// A call that has not started. `sealing` is shared with the media path; `rng` makes keys and ids.
+    ///
+    /// With a shared password the caller has installed its key in `sealing` before.
+    #[must_use]
+    pub fn new(
+        now: Now,
+        config: MachineConfig,
+        sealing: Arc<Sealing>,
+        mut rng: Box<dyn CryptoRng + Send>,
+    ) -> Self {
+        let slot = config.slot.clone().unwrap_or_else(Slot::room_call);
+        let own = OwnMembership::new(config.membership.clone(), Box::new(fork(&mut *rng)));
+        let own_rng = fork(&mut *rng);
+        Self {
+            phase: Phase::Idle,
+            status: CallStatus::Joining,
+            timeline: Timeline::new(now.instant),
+            outputs: VecDeque::new(),
+            room: Room::default(),
+            roster: Roster::new(slot.clone()),
+            slot: slot.clone(),
+            support: None,
+            own,
+            keys: media_keys(&config, slot.clone(), rng),
+            member_id: None,
+            joined_users: BTreeSet::new(),
+            rng: own_rng,
+            peers: Peers::new(config.shared_password.then(|| sealing.ring().clone())),
+            routing: Routing::default(),
+            foci: OwnFoci::default(),
+            discovering: false,
+            discovered: false,
+            notify: Notify::new(config.device.user_id.clone()),
+            own_event_id: None,
+            invited: false,
+            sealing,
+            locals: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            last_request: 0,
+            next_sweep: now.instant + SWEEP_EVERY,
+            config,
+        }
+    }
+
+    /// Takes in what happened. Drain [`Self::poll`] after it.
+    pub fn handle(&mut self, now: Now, input: Input) {
+        if self.phase == Phase::Over {
+            return;
+        }
+        match input {
+            Input::Start => self.start(now),
+            Input::Leave(reason) => self.leave(now, reason),
+            Input::SetIntent(intent) => {
+                self.config.intent.clone_from(&intent);
+                self.own.handle(now, own::Input::SetIntent(intent));
+            }
+            Input::RotateKey => self.keys.handle(now, KeyInput::Rotate),
+            Input::Publish { track, spec } => {
+                let local = Local { muted: spec.muted, spec, on: None, told: false };
+                self.locals.insert(track, local);
+                self.publish_locals();
+            }
+            Input::Unpublish(track) => {
+                if let Some(Local { on: Some(connection), .. }) = self.locals.remove(&track) {
+                    self.outputs.push_back(Output::Unpublish { connection, track });
+                }
+            }
+            Input::SetMuted { track, muted } => {
+                if let Some(local) = self.locals.get_mut(&track)
+                    && local.muted != muted
+                {
+                    local.muted = muted;
+                    if let Some(connection) = local.on {
+                        self.outputs.push_back(Output::Mute { connection, track, muted });
+                    }
+                }
+            }
+            Input::Subscribe { member, sid, subscription } => {
+                if let Some(peer) = self.peers.get_mut(&member) {
+                    for (connection, _) in peer.tracks.keys().filter(|(_, of)| *of == sid) {
+                        self.outputs.push_back(Output::Subscribe {
+                            connection: *connection,
+                            sid: sid.clone(),
+                            subscription: subscription.clone(),
+                        });
+                    }
+                    peer.subscriptions.insert(sid, subscription);
+                }
+            }
+            Input::RequestKeyFrame { member, sid } => {
+                if let Some(peer) = self.peers.get(&member) {
+                    for (connection, _) in peer.tracks.keys().filter(|(_, of)| *of == sid) {
+                        self.outputs
+                            .push_back(Output::RequestKeyFrame { connection: *connection, sid: sid.clone() });
+                    }
+                }
+            }
+            Input::SendData { reliability, to, message } => self.send_data(reliability, &to, message),
+            Input::Invite(attention) => self.invite(now, attention),
+            Input::Decline(invite) => self.write(Origin::Write, notify::decline(&invite)),
+            Input::React { emoji, name } => {
+                if let Some(own) = self.own_event_id.clone() {
+                    self.write(Origin::Write, notify::reaction(&own, &emoji, &name));
+                }
+            }
+            Input::RaiseHand(raised) => self.raise_hand(raised),
+            Input::Room(result) => self.room_read(now, result),
+            Input::Update(update) => self.update(now, update),
+            Input::Matrix { id, result } => self.matrix_done(now, id, result),
+            Input::Delivered { id, device, result } => self.delivered(now, id, device, result),
+            Input::BatchDone(id) => {
+                if let Some(Origin::Keys(id)) = self.requests.remove(&id) {
+                    self.keys.handle(now, KeyInput::Finished { id });
+                }
+            }
+            Input::Discovered(result) => self.discovered(now, result),
+            Input::Granted { connection, result } => match result {
+                Ok(sfu) => {
+                    self.timeline.add(now.instant, Step::Token { connection: connection.to_string() });
+                    self.routing.granted(connection, sfu);
+                    self.join_when_ready(now);
+                }
+                Err(failure) => self.connection_failed(now, connection, failure),
+            },
+            Input::Connected { connection, result } => match result {
+                Ok(()) => self.connected(now, connection),
+                Err(failure) => self.connection_failed(now, connection, failure),
+            },
+            Input::Transport { connection, event } => self.transport_event(now, connection, event),
+            Input::Published { connection, track, result } => self.published(now, connection, track, result),
+        }
+    }
+
+    /// What to do now. To be called until it says [`Output::WaitUntil`] (or [`Output::Over`], the last output).
+    pub fn poll(&mut self, now: Now) -> Output {
+        loop {
+            if let Some(output) = self.outputs.pop_front() {
+                return output;
+            }
+            if self.phase == Phase::Over {
+                return Output::WaitUntil(now.instant + READ_AGAIN_MAX);
+            }
+            let wake = self.advance(now);
+            if self.outputs.is_empty() {
+                return Output::WaitUntil(wake);
+            }
+        }
+    }
+
+    /// An account of the call so far, without names and keys.
+    #[must_use]
+    pub fn report(&mut self, now: Now) -> CallReport {
+        let mut members = Vec::new();
+        for peer in self.peers.iter() {
+            let tracks = peer.tracks.iter().map(|((_, sid), track)| TrackReport {
+                sid: sid.0.clone(),
+                source: format!("{:?}", track.from.track.source),
+                codec: track.from.track.codec.map(|codec| format!("{codec:?}")),
+                muted: track.from.track.muted,
+                stats: track.counters.read(),
+            });
+            members.push(MemberReport {
+                member: self.timeline.number(&peer.member.key()),
+                server: peer.member.user_id.server_name().to_string(),
+                tracks: tracks.collect(),
+            });
+        }
+        members.sort_by_key(|member| member.member);
+        CallReport {
+            version: env!("CARGO_PKG_VERSION"),
+            encrypted: self.sealing.is_encrypted(),
+            mode: format!("{:?}", self.config.mode),
+            at_ms: self.timeline.at_ms(now.instant),
+            members,
+            timeline: self.timeline.entries(),
+            dropped_steps: self.timeline.dropped(),
+        }
+    }
+
+    /// The other members.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        self.peers.members()
+    }
+
+    /// The keys of a member's device.
+    #[cfg(test)]
+    pub(super) fn ring_of(&self, device: &Device) -> Option<crate::frame_crypto::KeyRing> {
+        let is_theirs = |peer: &&Peer| peer.member.device().as_ref() == Some(device);
+        self.peers.iter().find(is_theirs).map(|peer| peer.ring.clone())
+    }
+
+    /// Lets every room do what is due, and says when to come back.
+    fn advance(&mut self, now: Now) -> Instant {
+        let mut wake = self.next_sweep;
+        if let Some(at) = self.drain_own(now) {
+            wake = wake.min(at);
+        }
+        while let Some(output) = self.routing.poll(now.instant) {
+            self.route(now, output);
+        }
+        if let Phase::Leaving { until, reason } = &self.phase {
+            if self.own.status() == own::Status::Disconnected || now.instant >= *until {
+                let step = Step::Ended { reason: reason.to_string() };
+                self.timeline.add(now.instant, step);
+                self.over();
+                return now.instant;
+            }
+            return wake.min(*until);
+        }
+        if self.sealing.is_encrypted()
+            && let Some(at) = self.drain_keys(now)
+        {
+            wake = wake.min(at);
+        }
+        if self.room.read_again.is_some_and(|at| at <= now.instant) {
+            self.room.read_again = None;
+            self.room.dirty = true;
+        }
+        if self.room.dirty && !self.room.reading && self.phase != Phase::Idle {
+            self.room.dirty = false;
+            self.room.reading = true;
+            self.outputs.push_back(Output::ReadRoom);
+        }
+        if let Some(at) = self.roster.next_expiry() {
+            let at = now.instant + at.since(now.unix);
+            if at <= now.instant {
+                let change = self.roster.tick(now);
+                self.members_changed(now, change);
+            } else {
+                wake = wake.min(at);
+            }
+        }
+        if now.instant >= self.next_sweep {
+            self.next_sweep = now.instant + SWEEP_EVERY;
+            self.sweep(now);
+        }
+        let times = [self.room.read_again, self.routing.wake_at(), Some(self.next_sweep)];
+        times.into_iter().flatten().fold(wake, Instant::min)
+    }
+
+    fn update(&mut self, now: Now, update: MatrixUpdate) {
+        match update {
+            MatrixUpdate::RoomChanged => self.room.dirty = true,
+            MatrixUpdate::ToDevice(event) => {
+                self.keys.handle(now, KeyInput::ToDevice(&event));
+            }
+            MatrixUpdate::TrustChanged { user_id } => {
+                self.keys.handle(now, KeyInput::TrustChanged { user_id });
+            }
+            MatrixUpdate::Event(event) => {
+                let in_call = !self.config.observe && self.phase == Phase::Running;
+                if let Some(notice) = self.notify.receive(now, &event, in_call) {
+                    self.notice(notice);
+                }
+            }
+            MatrixUpdate::Syncing(_) => {}
+        }
+    }
+
+    fn is_us(&self, member: &Member) -> bool {
+        member.user_id == self.config.device.user_id
+            && member.device_id.as_ref() == Some(&self.config.device.device_id)
+    }
+
+    fn request(&mut self, origin: Origin, request: MatrixRequest, timeout: Duration) {
+        let id = self.next_request(origin);
+        self.outputs.push_back(Output::Matrix { id, request, timeout });
+    }
+
+    fn next_request(&mut self, origin: Origin) -> RequestId {
+        self.last_request += 1;
+        let id = RequestId(self.last_request);
+        self.requests.insert(id, origin);
+        id
+    }
+
+    fn tell(&mut self, event: CallEvent) {
+        self.outputs.push_back(Output::Event(event));
+    }
+}
+
+/// Whether `member` publishes on `connection`.
+fn carries(routing: &Routing, connection: ConnectionId, member: &Member) -> bool {
+    member
+        .transports
+        .iter()
+        .find_map(Transport::livekit)
+        .is_some_and(|focus| routing.goes_to(connection, focus))
+}
+
+fn media_keys(config: &MachineConfig, slot: Slot, rng: Box<dyn CryptoRng + Send>) -> MediaKeys {
+    let source = if config.shared_password {
+        // The caller has installed it; the machine only has to send no keys.
+        KeySource::SharedPassword(zeroize::Zeroizing::new(String::new()))
+    } else {
+        KeySource::PerMember
+    };
+    let keys = MediaKeysConfig {
+        source,
+        trust: config.trust,
+        rollout: config.keys.clone(),
+        inbox: config.inbox.clone(),
+        healing: config.healing.clone(),
+    };
+    MediaKeys::new(keys, config.room_id.clone(), slot, config.device.clone(), rng)
+}
+
+/// A generator of its own, seeded by `rng`.
+fn fork(rng: &mut dyn CryptoRng) -> StdRng {
+    let mut seed = [0; 32];
+    rng.fill_bytes(&mut seed);
+    StdRng::from_seed(seed)
+}

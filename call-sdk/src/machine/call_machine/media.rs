@@ -1,0 +1,420 @@
+//! Connections, tracks and members.
+
+use super::*;
+
+impl CallMachine {
+    pub(super) fn route(&mut self, now: Now, output: RouteOutput) {
+        match output {
+            RouteOutput::Access { connection, wanted } => {
+                let Some(member_id) = self.member_id.clone() else { return };
+                let access = AccessWanted::new(wanted, self.slot.clone(), member_id, self.config.mode);
+                self.outputs.push_back(Output::Access { connection, access });
+            }
+            RouteOutput::Connect { connection } => self.outputs.push_back(Output::Connect { connection }),
+            RouteOutput::Close { connection } => {
+                self.peers.connection_ended(connection);
+                self.rematch(now);
+                for (track, local) in &mut self.locals {
+                    if local.on == Some(connection) {
+                        local.on = None;
+                        self.outputs.push_back(Output::Unpublish { connection, track: *track });
+                    }
+                }
+                self.outputs.push_back(Output::Close { connection });
+                self.refresh_status();
+            }
+            RouteOutput::Failed { focus, ours, failure, failures } => {
+                let step =
+                    Step::ConnectionFailed { focus: report::host(&focus), reason: failure.message.clone() };
+                self.timeline.add(now.instant, step);
+                if ours {
+                    self.own_focus_failed(now, &failure, failures);
+                }
+                self.tell(CallEvent::FocusFailed { focus, ours, failure });
+            }
+        }
+    }
+
+    pub(super) fn own_focus_failed(&mut self, now: Now, failure: &ConnectFailure, failures: u32) {
+        match self.foci.failed(failure, failures) {
+            Verdict::Stay => {}
+            Verdict::Moved => {
+                self.want_connections(now);
+                if let Some(focus) = self.foci.current().cloned() {
+                    self.own.handle(now, own::Input::SetFocus(focus.clone()));
+                    self.tell(CallEvent::FocusChanged(focus));
+                }
+            }
+            Verdict::NoneLeft => {
+                // Once joined the refusal may be withdrawn: the operator is repairing something.
+                if self.status == CallStatus::Joining {
+                    self.leave(now, EndReason::NoFocus(failure.clone()));
+                }
+            }
+        }
+    }
+
+    pub(super) fn connection_failed(&mut self, now: Now, connection: ConnectionId, failure: ConnectFailure) {
+        self.routing.failed(now.instant, connection, failure);
+    }
+
+    pub(super) fn connected(&mut self, now: Now, connection: ConnectionId) {
+        self.routing.connected(now.instant, connection);
+        let Some(focus) = self.routing.focus_of(connection).cloned() else { return };
+        self.timeline.add(now.instant, stage(connection, &focus, crate::transport::ConnectStage::Signalled));
+        if self.routing.ours() == Some(connection) {
+            self.foci.works();
+            if self.config.delegate_leave {
+                self.own.handle(now, own::Input::OfferDelegation);
+            }
+        }
+        self.tell(CallEvent::Connected(focus));
+        self.publish_locals();
+        self.rematch(now);
+        self.refresh_status();
+    }
+
+    pub(super) fn publish_locals(&mut self) {
+        let Some(connection) = self.routing.ours() else { return };
+        let encrypted = self.sealing.is_encrypted();
+        for (track, local) in &mut self.locals {
+            if local.on != Some(connection) {
+                local.on = Some(connection);
+                let spec = TrackSpec { muted: local.muted, ..local.spec.clone() };
+                self.outputs.push_back(Output::Publish { connection, track: *track, spec, encrypted });
+            }
+        }
+    }
+
+    pub(super) fn published(
+        &mut self,
+        now: Now,
+        connection: ConnectionId,
+        track: LocalTrackId,
+        result: Result<(), String>,
+    ) {
+        if !self.routing.is_current(connection) {
+            return;
+        }
+        let Some(local) = self.locals.get_mut(&track).filter(|local| local.on == Some(connection)) else {
+            return;
+        };
+        match result {
+            Ok(()) => {
+                if !std::mem::replace(&mut local.told, true) {
+                    self.outputs.push_back(Output::TrackReady { track, result: Ok(()) });
+                }
+            }
+            Err(reason) => {
+                let told = local.told;
+                self.locals.remove(&track);
+                if told {
+                    self.tell(CallEvent::LocalTrackEnded { track, reason });
+                } else {
+                    self.outputs.push_back(Output::TrackReady { track, result: Err(reason) });
+                }
+            }
+        }
+        let _ = now;
+    }
+
+    pub(super) fn send_data(
+        &mut self,
+        reliability: crate::transport::Reliability,
+        to: &[MemberKey],
+        message: crate::transport::UserData,
+    ) {
+        // Every connection that somebody listens on: each member hears us on our own focus.
+        let Some(connection) = self.routing.ours() else { return };
+        let destinations = to
+            .iter()
+            .filter_map(|key| self.peers.get(key)?.member.identities.first().cloned())
+            .collect::<Vec<_>>();
+        if destinations.len() < to.len() {
+            tracing::debug!("a data message for a member who left");
+            if destinations.is_empty() {
+                return;
+            }
+        }
+        self.outputs.push_back(Output::SendData { connection, reliability, destinations, message });
+    }
+
+    pub(super) fn members_changed(&mut self, now: Now, change: Change) {
+        let others: Vec<Member> =
+            self.roster.members().iter().filter(|member| !self.is_us(member)).cloned().collect();
+        let routing = &self.routing;
+        let changes = self
+            .peers
+            .set_members(now.instant, &others, |connection, member| carries(routing, connection, member));
+        let changed = !changes.is_empty();
+        self.apply(now, changes);
+        if changed || !change.is_empty() {
+            self.outputs.push_back(Output::Members(Arc::new(others.clone())));
+        }
+        self.notify.members(&others);
+        self.tell_keys(now);
+        self.want_connections(now);
+    }
+
+    pub(super) fn want_connections(&mut self, now: Now) {
+        if self.phase != Phase::Running || self.config.observe {
+            return;
+        }
+        let mut wanted = Vec::new();
+        if let (Some(focus), Some(named_by)) = (self.foci.current(), self.foci.named_by()) {
+            wanted.push(Wanted { focus: focus.clone(), ours: true, named_by: named_by.clone() });
+        }
+        for peer in self.peers.iter() {
+            let Some(focus) = peer.member.transports.iter().find_map(Transport::livekit) else { continue };
+            let user_id = peer.member.user_id.clone();
+            match wanted.iter_mut().find(|known: &&mut Wanted| known.focus.is_same_as(focus)) {
+                None => {
+                    let named_by = NamedBy::Members(vec![user_id]);
+                    wanted.push(Wanted { focus: focus.clone(), ours: false, named_by });
+                }
+                Some(Wanted { named_by: NamedBy::Members(users), .. }) if users.len() < MAX_NAMERS => {
+                    users.push(user_id);
+                }
+                Some(_) => {}
+            }
+        }
+        self.routing.want(now.instant, wanted);
+    }
+
+    pub(super) fn rematch(&mut self, now: Now) {
+        let routing = &self.routing;
+        let changes =
+            self.peers.rematch(now.instant, |connection, member| carries(routing, connection, member));
+        self.apply(now, changes);
+    }
+
+    pub(super) fn apply(&mut self, now: Now, changes: Vec<PeerChange>) {
+        let tracks_changed = changes.iter().any(|change| {
+            !matches!(change, PeerChange::Joined(_) | PeerChange::Updated(_) | PeerChange::Left(_))
+        });
+        for change in changes {
+            match change {
+                PeerChange::Joined(member) => {
+                    let number = self.timeline.number(&member.key());
+                    let form = match member.form {
+                        crate::member::MembershipForm::State => "state",
+                        crate::member::MembershipForm::Sticky => "sticky",
+                    };
+                    self.timeline.add(now.instant, Step::MemberJoined { member: number, form });
+                    self.tell(CallEvent::MemberJoined(member));
+                }
+                PeerChange::Updated(member) => self.tell(CallEvent::MemberUpdated(member)),
+                PeerChange::Left(member) => {
+                    let number = self.timeline.number(&member.key());
+                    self.timeline.add(now.instant, Step::MemberLeft { member: number });
+                    self.notify.left(&member.key());
+                    self.tell(CallEvent::MemberLeft(member));
+                }
+                PeerChange::TrackBegins { connection, route, subscription } => {
+                    let member = self.timeline.number(&route.from.member.key());
+                    let source = format!("{:?}", route.from.track.source);
+                    self.timeline.add(now.instant, Step::Track { member, source });
+                    let event = CallEvent::TrackPublished {
+                        member: route.from.member.clone(),
+                        track: route.from.track.clone(),
+                    };
+                    let sid = route.from.track.sid.clone();
+                    self.tell(event);
+                    self.outputs.push_back(Output::Attach { connection, route });
+                    if let Some(subscription) = subscription {
+                        self.outputs.push_back(Output::Subscribe { connection, sid, subscription });
+                    }
+                }
+                PeerChange::TrackChanged { connection, route } => {
+                    let event = CallEvent::TrackUpdated {
+                        member: route.from.member.clone(),
+                        track: route.from.track.clone(),
+                    };
+                    self.outputs.push_back(Output::Reroute { connection, route });
+                    self.tell(event);
+                }
+                PeerChange::TrackEnds { connection, member, sid } => {
+                    self.outputs.push_back(Output::Detach { connection, sid: sid.clone() });
+                    self.tell(CallEvent::TrackEnded { member, sid });
+                }
+            }
+        }
+        if tracks_changed {
+            let of_peer = |peer: &Peer| {
+                let track = |track: &PeerTrack| (Arc::clone(&track.from), Arc::clone(&track.counters));
+                peer.tracks.values().map(track).collect::<Vec<_>>()
+            };
+            let tracks = self.peers.iter().flat_map(of_peer).collect();
+            self.outputs.push_back(Output::Tracks(Arc::new(tracks)));
+        }
+    }
+
+    pub(super) fn transport_event(&mut self, now: Now, connection: ConnectionId, event: TransportEvent) {
+        if !self.routing.is_current(connection) {
+            return;
+        }
+        let Some(focus) = self.routing.focus_of(connection).cloned() else { return };
+        match event {
+            TransportEvent::Stage(reached) => {
+                self.timeline.add(now.instant, stage(connection, &focus, reached))
+            }
+            TransportEvent::MediaBlocked { tried } => self.tell(CallEvent::MediaBlocked { focus, tried }),
+            TransportEvent::ParticipantJoined { identity } => {
+                self.peers.participant(now.instant, connection, &identity, None);
+            }
+            TransportEvent::ParticipantLeft { identity } => {
+                self.peers.participant_left(connection, &identity);
+                self.rematch(now);
+            }
+            TransportEvent::TrackUpdated { identity, track } => {
+                self.peers.participant(now.instant, connection, &identity, Some(track));
+                self.rematch(now);
+            }
+            TransportEvent::TrackEnded { identity, sid } => {
+                self.peers.track_ended(connection, &identity, &sid);
+                self.rematch(now);
+            }
+            TransportEvent::KeyFrameRequested { track, layer } => {
+                self.tell(CallEvent::KeyFrameRequested { track, layer });
+            }
+            TransportEvent::LocalTrackEnded { track, reason } => {
+                if self.locals.get(&track).is_some_and(|local| local.on == Some(connection)) {
+                    self.locals.remove(&track);
+                    self.tell(CallEvent::LocalTrackEnded { track, reason });
+                }
+            }
+            TransportEvent::LayersWanted { track, layers } => {
+                self.tell(CallEvent::LayersWanted { track, layers })
+            }
+            TransportEvent::TargetBitrate { track, bits_per_second } => {
+                self.tell(CallEvent::TargetBitrate { track, bits_per_second });
+            }
+            TransportEvent::StreamPaused { sid, paused } => {
+                if let Some(peer) = self.peers.owner_of(connection, &sid) {
+                    let member = peer.member.clone();
+                    self.tell(CallEvent::StreamPaused { member, sid, paused });
+                }
+            }
+            TransportEvent::Speakers(speakers) => {
+                let routing = &self.routing;
+                let speakers = speakers
+                    .into_iter()
+                    .filter_map(|speaker| {
+                        let peer =
+                            self.peers.member_of(connection, &speaker.identity, |connection, member| {
+                                carries(routing, connection, member)
+                            })?;
+                        Some((peer.member.clone(), speaker.level))
+                    })
+                    .collect();
+                self.tell(CallEvent::Speakers(speakers));
+            }
+            TransportEvent::Quality { identity, quality } => {
+                let routing = &self.routing;
+                let peer = self.peers.member_of(connection, &identity, |connection, member| {
+                    carries(routing, connection, member)
+                });
+                let member = peer.map(|peer| peer.member.clone());
+                // A participant who is nobody's may be us.
+                if member.is_some() || self.describe().is_some_and(|own| own.identity() == identity) {
+                    self.tell(CallEvent::Quality { member, quality });
+                }
+            }
+            TransportEvent::Data { identity, reliability, body } => {
+                self.data(connection, &identity, reliability, body);
+            }
+            TransportEvent::Reconnecting => self.tell(CallEvent::Reconnecting(focus)),
+            TransportEvent::Reconnected => self.tell(CallEvent::Connected(focus)),
+            TransportEvent::Disconnected(reason) => self.disconnected(now, connection, reason),
+        }
+    }
+
+    pub(super) fn disconnected(
+        &mut self,
+        now: Now,
+        connection: ConnectionId,
+        reason: crate::transport::DisconnectReason,
+    ) {
+        use crate::transport::DisconnectReason;
+        if let DisconnectReason::DuplicateIdentity = reason
+            && self.routing.ours() == Some(connection)
+        {
+            return self.leave(now, EndReason::Replaced(reason));
+        }
+        let failure = ConnectFailure::new(ConnectFailureKind::Lost, reason.to_string());
+        self.connection_failed(now, connection, failure);
+    }
+
+    pub(super) fn data(
+        &mut self,
+        connection: ConnectionId,
+        identity: &crate::member::ParticipantIdentity,
+        reliability: crate::transport::Reliability,
+        body: DataBody,
+    ) {
+        let routing = &self.routing;
+        let carries = |connection, member: &Member| carries(routing, connection, member);
+        let Some(peer) = self.peers.member_of(connection, identity, carries) else { return };
+        let member = peer.member.clone();
+        match body {
+            DataBody::Plain(message) => {
+                // In an encrypted call nobody vouches for it.
+                if !self.sealing.is_encrypted() {
+                    self.tell(CallEvent::Data { member, reliability, message });
+                }
+            }
+            body @ DataBody::Sealed(_) => {
+                let packet = DataPacket { reliability, destinations: Vec::new(), body };
+                let ring = peer.ring.clone();
+                self.outputs.push_back(Output::OpenData { member, ring, packet });
+            }
+        }
+    }
+
+    /// What time alone brings: reports about tracks and strangers, healing, old keys.
+    pub(super) fn sweep(&mut self, now: Now) {
+        for (connection, identity) in self.peers.strangers(now.instant) {
+            if let Some(focus) = self.routing.focus_of(connection).cloned() {
+                self.tell(CallEvent::UnknownParticipant { focus, identity });
+            }
+        }
+        for notice in self.notify.expired(now) {
+            self.notice(notice);
+        }
+        let begin = self.timeline.begin();
+        let mut silent = Vec::new();
+        for peer in self.peers.iter_mut() {
+            peer.ring.retire(now.instant);
+            for ((_, sid), track) in &mut peer.tracks {
+                let stats = track.counters.read();
+                let last = stats.last_opened_at(begin).unwrap_or(track.since).max(track.since);
+                if track.from.track.muted || now.instant.saturating_duration_since(last) < NO_MEDIA_AFTER {
+                    track.reported &= track.from.track.muted;
+                    continue;
+                }
+                // Silence of a microphone is often just that.
+                let is_audio = track.from.track.codec.is_some_and(|codec| codec.is_audio());
+                if track.reported || (is_audio && stats.opened > 0) {
+                    continue;
+                }
+                track.reported = true;
+                let arrives = stats
+                    .last_received
+                    .is_some_and(|at| now.instant.saturating_duration_since(begin + at) < NO_MEDIA_AFTER);
+                let cause = match (arrives, stats.missing_key > 0 && stats.opened == 0) {
+                    (false, _) => NoMediaCause::NothingArrives,
+                    (true, true) => NoMediaCause::NoKey,
+                    (true, false) => NoMediaCause::NothingOpens,
+                };
+                silent.push(CallEvent::NoMedia { member: peer.member.clone(), sid: sid.clone(), cause });
+            }
+        }
+        for event in silent {
+            self.tell(event);
+        }
+        if self.sealing.is_encrypted() && self.phase == Phase::Running {
+            self.sealing.ring().retire(now.instant);
+            self.watch_keys(now);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! A local track on a connection.
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use rtc::{
+    rtcp::payload_feedbacks::{
+        full_intra_request::FullIntraRequest, picture_loss_indication::PictureLossIndication,
+    },
+    rtp,
+};
+use webrtc::{
+    media_stream::track_local::{TrackLocal as _, TrackLocalEvent, static_rtp::TrackLocalStaticRTP},
+    rtp_transceiver::{RtpSender, RtpTransceiver},
+};
+
+use super::{
+    RIDS,
+    codecs::mime,
+    dependency::{self, Descriptor},
+    media,
+};
+use crate::{
+    media::Codec,
+    transport::{TransportError, WireFrame, rtc::OutgoingPacket},
+};
+
+const MID: &str = "urn:ietf:params:rtp-hdrext:sdes:mid";
+const RID: &str = "urn:ietf:params:rtp-hdrext:sdes:rtp-stream-id";
+
+/// A local track on a connection: one stream of packets per simulcast layer.
+#[derive(Clone)]
+pub(in crate::transport) struct OutgoingTrack {
+    track: Arc<TrackLocalStaticRTP>,
+    transceiver: Arc<dyn RtpTransceiver>,
+    sender: Arc<dyn RtpSender>,
+    /// By layer, lowest first.
+    ssrcs: Vec<u32>,
+    codec: Codec,
+    dimensions: (u32, u32),
+    negotiated: Arc<OnceLock<Negotiated>>,
+}
+
+/// What the negotiation gave a track.
+#[derive(Debug)]
+struct Negotiated {
+    payload_type: u8,
+    /// Header extensions that every packet carries, by layer (RFC 8852); only simulcast needs them.
+    extensions: Vec<Vec<(u8, Bytes)>>,
+    /// The id of the dependency descriptor, for codecs that need it.
+    descriptor: Option<u8>,
+}
+
+/// What receivers report about a track.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::transport) enum Report {
+    /// A receiver needs a key frame of this layer.
+    KeyFrameWanted { layer: u8 },
+}
+
+impl OutgoingTrack {
+    pub(super) async fn new(
+        track: Arc<TrackLocalStaticRTP>,
+        transceiver: Arc<dyn RtpTransceiver>,
+        ssrcs: Vec<u32>,
+        codec: Codec,
+        dimensions: (u32, u32),
+    ) -> Result<Self, TransportError> {
+        let sender = transceiver
+            .sender()
+            .await
+            .map_err(media)?
+            .ok_or_else(|| TransportError::TrackRefused("the engine made no sender".to_owned()))?;
+        Ok(Self { track, transceiver, sender, ssrcs, codec, dimensions, negotiated: Arc::default() })
+    }
+
+    pub(super) fn sender(&self) -> &Arc<dyn RtpSender> {
+        &self.sender
+    }
+
+    /// Takes the outcome of the negotiation over; packets can be written from now on.
+    ///
+    /// # Errors
+    /// [`TransportError::TrackRefused`] if the other side does not take the codec.
+    pub(in crate::transport) async fn negotiated(&self) -> Result<(), TransportError> {
+        let parameters = self.sender.get_parameters().await.map_err(media)?.rtp_parameters;
+        let payload_type = parameters
+            .codecs
+            .iter()
+            .find(|codec| codec.rtp_codec.mime_type.eq_ignore_ascii_case(mime(self.codec)))
+            .map(|codec| codec.payload_type)
+            .ok_or_else(|| TransportError::TrackRefused(format!("{:?} was not negotiated", self.codec)))?;
+        let id = |uri: &str| {
+            let found = parameters.header_extensions.iter().find(|extension| extension.uri == uri);
+            found.and_then(|extension| u8::try_from(extension.id).ok())
+        };
+        let extensions = if self.ssrcs.len() > 1 {
+            let mid = self.transceiver.mid().await.map_err(media)?.unwrap_or_default();
+            let (Some(mid_id), Some(rid_id)) = (id(MID), id(RID)) else {
+                return Err(TransportError::TrackRefused("simulcast was not negotiated".to_owned()));
+            };
+            let of_layer = |rid: &&'static str| {
+                vec![(mid_id, Bytes::from(mid.clone())), (rid_id, Bytes::from_static(rid.as_bytes()))]
+            };
+            RIDS.iter().take(self.ssrcs.len()).map(of_layer).collect()
+        } else {
+            vec![Vec::new()]
+        };
+        let descriptor = id(dependency::URI).filter(|_| matches!(self.codec, Codec::Vp9 | Codec::Av1));
+        // A second negotiation of the same section changes nothing.
+        drop(self.negotiated.set(Negotiated { payload_type, extensions, descriptor }));
+        Ok(())
+    }
+
+    /// Sends the packets of one frame, the `number`th of its layer; waits while the engine is busy.
+    ///
+    /// # Errors
+    /// [`TransportError::Closed`] if the track is not negotiated or its connection has ended.
+    pub(in crate::transport) async fn write(
+        &self,
+        frame: &WireFrame,
+        number: u16,
+        packets: &mut Vec<OutgoingPacket>,
+    ) -> Result<(), TransportError> {
+        let negotiated = self.negotiated.get().ok_or(TransportError::Closed)?;
+        let layer = usize::from(frame.layer);
+        let (Some(ssrc), Some(extensions)) = (self.ssrcs.get(layer), negotiated.extensions.get(layer)) else {
+            return Ok(());
+        };
+        let last = packets.len().saturating_sub(1);
+        for (index, packet) in packets.drain(..).enumerate() {
+            let mut header = rtp::Header {
+                version: 2,
+                marker: packet.marker,
+                payload_type: negotiated.payload_type,
+                sequence_number: packet.sequence,
+                timestamp: frame.rtp_timestamp,
+                ssrc: *ssrc,
+                ..Default::default()
+            };
+            for (id, value) in extensions {
+                header.set_extension(*id, value.clone()).map_err(media)?;
+            }
+            if let Some(id) = negotiated.descriptor {
+                let descriptor = Descriptor {
+                    starts: index == 0,
+                    ends: index == last,
+                    frame: number,
+                    key_frame: frame.key_frame,
+                    dimensions: self.dimensions,
+                };
+                header.set_extension(id, descriptor.encode()).map_err(media)?;
+            }
+            let packet = rtp::Packet { header, payload: packet.payload };
+            self.track.write_rtp(packet).await.map_err(|_| TransportError::Closed)?;
+        }
+        Ok(())
+    }
+
+    /// The next report of a receiver; `None` when the track or its connection has ended.
+    pub(in crate::transport) async fn next_report(&self) -> Option<Report> {
+        loop {
+            let TrackLocalEvent::OnRtcpPacket(packets) = self.track.poll().await? else { continue };
+            for packet in packets {
+                let any = packet.as_any();
+                let ssrc = if let Some(request) = any.downcast_ref::<PictureLossIndication>() {
+                    Some(request.media_ssrc)
+                } else {
+                    let request = any.downcast_ref::<FullIntraRequest>();
+                    request.and_then(|request| request.fir.first()).map(|entry| entry.ssrc)
+                };
+                let layer = self.ssrcs.iter().position(|of_layer| Some(*of_layer) == ssrc);
+                if let Some(layer) = layer.and_then(|layer| u8::try_from(layer).ok()) {
+                    return Some(Report::KeyFrameWanted { layer });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! One peer connection: encoded frames into RTP payloads and back, without I/O, and in `engine` the connection itself
+//! over the WebRTC crates.
+//!
+//! A sending track owns a [`Packetiser`], a receiving one a [`Reassembler`]; both are plain structs that are given
+//! the time. Frames are opaque and usually sealed by [`frame_crypto`](crate::frame_crypto), so the one rule here
+//! is that a frame leaves the reassembler byte for byte as it entered the packetiser:
+//!
+//! - the last byte of a sealed frame is its key index, so a trailing zero is never trimmed;
+//! - start codes, parameter sets and supplemental information in front of an H.264 or H.265 slice are
+//!   authenticated, so none is dropped, merged or reordered.
+//!
+//! | codec | payload format | exceptions to "byte for byte" |
+//! |---|---|---|
+//! | Opus | RFC 7587 | |
+//! | VP8 | RFC 7741 | |
+//! | VP9 | RFC 9628 | a frame is one spatial layer of a picture |
+//! | H.264, H.265 | RFC 6184 (packetisation mode 1), RFC 7798 | start codes get four bytes, as sealed frames have them |
+//! | AV1 | AV1 RTP payload format | no delimiters, tile lists and padding; never sealed |
+
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod engine;
+#[cfg(feature = "webrtc")]
+mod ice;
+mod jitter;
+#[cfg(any(feature = "webrtc", test))]
+pub(in crate::transport) mod pace;
+mod packetiser;
+mod payload;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod sections;
+
+#[cfg(all(test, feature = "webrtc"))]
+mod interop;
+#[cfg(test)]
+mod tests;
+
+#[cfg(feature = "webrtc")]
+pub use self::ice::IceServer;
+pub use self::{
+    jitter::{AssembledFrame, IncomingPacket, Reassembler},
+    packetiser::{FrameLayer, OutgoingPacket, PacketiseError, Packetiser},
+    payload::is_key_frame,
+};

@@ -1,0 +1,279 @@
+//! Calls through our focus over a bad network: members keep decrypting each other under loss and jitter, and return
+//! when the focus, a member's network or a member's process was away.
+#![allow(clippy::disallowed_methods, reason = "a test is a shell: it starts the tasks that send")]
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use antiphon_call_sdk::{
+    Call, CallEvents, CallOptions, ConnectFailure, Connected, Connector, EncodedFrame, LiveKitConnector,
+    LiveKitFocus, Member, Session, TrackSpec, TrustPolicy,
+    foci::SfuAccess,
+    machine::AccessWanted,
+    matrix::{DelayId, MatrixPort, RequestError, ServerSupport},
+    transport::{NamedBy, livekit::Bind},
+};
+use antiphon_focus::{Config, Focus, FocusHandle};
+use antiphon_testkit::{
+    homeserver::{DevHomeserver, Options},
+    peers::{Peer, ports},
+    require,
+};
+use async_trait::async_trait;
+use matrix_sdk::ruma::OwnedRoomId;
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use crate::{
+    network::{Impairment, TcpRelay, UdpRelay},
+    support::{create_call_room, enter, log_in, turn, until},
+};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Ten members decrypt ninety tracks on two cores, so each sends few frames.
+const FRAME_EVERY: Duration = Duration::from_millis(100);
+const PERFECT: Impairment = Impairment { loss_percent: 0, jitter: Duration::ZERO };
+/// More than the frames that are on their way when something breaks.
+const ENOUGH: u64 = 10;
+
+/// A homeserver, and a focus behind a relay.
+struct Place {
+    homeserver: DevHomeserver,
+    focus: Option<FocusHandle>,
+    relay: UdpRelay,
+}
+
+impl Place {
+    async fn new(impairment: Impairment) -> Self {
+        let udp = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
+        let relay = UdpRelay::start(udp, impairment).await;
+        let mut config = Config::dev();
+        config.http_bind.set_port(ports::free().unwrap());
+        config.udp_bind = udp;
+        config.advertised = vec![relay.address()];
+        let focus = Focus::start(config).await.unwrap();
+        let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
+        let service = focus.jwt_url().unwrap();
+        homeserver.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service })]);
+        Self { homeserver, focus: Some(focus), relay }
+    }
+}
+
+/// A member that sends a microphone, and reads its events so that they are not in the way.
+struct Speaker {
+    call: Arc<Call>,
+    _tasks: JoinSet<()>,
+    session: Session,
+    _store: tempfile::TempDir,
+}
+
+impl Speaker {
+    async fn of(call: Call, mut events: CallEvents, session: Session, store: tempfile::TempDir) -> Self {
+        let call = Arc::new(call);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { while events.next().await.is_some() {} });
+        let track = call.publish(TrackSpec::microphone()).await.unwrap();
+        tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(FRAME_EVERY);
+            let start = ticks.tick().await;
+            loop {
+                let timestamp = ticks.tick().await - start;
+                // A frame before our first key exists is dropped.
+                let _ = track.write(&EncodedFrame { payload: vec![0x78; 40].into(), timestamp });
+            }
+        });
+        Self { call, _tasks: tasks, session, _store: store }
+    }
+
+    fn user(&self) -> String {
+        self.session.client().user_id().unwrap().to_string()
+    }
+
+    /// How many frames of `user` opened so far.
+    fn opened(&self, user: &str) -> u64 {
+        let tracks = self.call.tracks();
+        tracks.iter().filter(|track| track.from.member.user_id == user).map(|track| track.stats.opened).sum()
+    }
+}
+
+/// Awaits that everybody opens new frames of everybody else.
+async fn all_hear_all(speakers: &[Speaker]) {
+    let users: Vec<String> = speakers.iter().map(Speaker::user).collect();
+    let mut pairs = Vec::new();
+    for listener in speakers {
+        for user in users.iter().filter(|user| **user != listener.user()) {
+            pairs.push((listener, user, listener.opened(user)));
+        }
+    }
+    let mut all = || {
+        // A track that was published anew counts from zero.
+        pairs.retain(|(listener, user, before)| {
+            let opened = listener.opened(user);
+            if opened < *before { opened < ENOUGH } else { opened - before < ENOUGH }
+        });
+        pairs.is_empty()
+    };
+    let waiting = async {
+        while !all() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    if tokio::time::timeout(LIMIT, waiting).await.is_err() {
+        let deaf: Vec<_> =
+            pairs.iter().map(|(listener, user, _)| (listener.user(), (*user).clone())).collect();
+        let report = pairs[0].0.call.report().await;
+        panic!("not heard within {LIMIT:?}: {deaf:?}; {report:#?}");
+    }
+}
+
+/// A [`LiveKitConnector`] whose signalling goes through a relay.
+#[derive(Debug)]
+struct Rewired {
+    inner: LiveKitConnector,
+    url: String,
+}
+
+#[async_trait]
+impl Connector for Rewired {
+    async fn discover(
+        &self,
+        port: &dyn MatrixPort,
+        support: &ServerSupport,
+        members: &[Member],
+    ) -> Result<Vec<(LiveKitFocus, NamedBy)>, ConnectFailure> {
+        self.inner.discover(port, support, members).await
+    }
+
+    async fn access(
+        &self,
+        port: &dyn MatrixPort,
+        wanted: &AccessWanted,
+    ) -> Result<SfuAccess, ConnectFailure> {
+        self.inner.access(port, wanted).await
+    }
+
+    async fn connect(&self, access: &SfuAccess) -> Result<Connected, ConnectFailure> {
+        self.inner.connect(&SfuAccess { url: self.url.clone(), ..access.clone() }).await
+    }
+
+    async fn delegate_leave(
+        &self,
+        port: &dyn MatrixPort,
+        access: &SfuAccess,
+        delay_id: &DelayId,
+        delay: Duration,
+    ) -> Result<(), RequestError> {
+        self.inner.delegate_leave(port, access, delay_id, delay).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn member_whose_network_was_away_returns() {
+    require!(Peer::LoopbackOnly);
+    let _turn = turn().await;
+    let place = Place::new(PERFECT).await;
+    for user in ["alice", "bob"] {
+        place.homeserver.register_user(user, "pw").unwrap();
+    }
+    let options = || {
+        let mut options = CallOptions::default();
+        options.membership.leave_delay = Duration::from_secs(8);
+        options.membership.restart_interval = Duration::from_secs(2);
+        options
+    };
+    let (session, store) = log_in(place.homeserver.url(), "alice").await;
+    let room = create_call_room(&session).await;
+    let (call, events) = session.join_call(&room, options()).await.unwrap();
+    let alice = Speaker::of(call, events, session, store).await;
+
+    // Everything of bob's goes through relays.
+    let to_homeserver = TcpRelay::start(place.homeserver.address()).await;
+    let to_focus = TcpRelay::start(place.focus.as_ref().unwrap().http_addr()).await;
+    let bobs_address = SocketAddr::from(([127, 0, 0, 2], 0));
+    let (session, store) = log_in(&format!("http://127.0.0.1:{}", to_homeserver.port()), "bob").await;
+    enter(&session, &room, &[]).await;
+    let mut options = options();
+    options.bind = Bind::Addresses(vec![bobs_address]);
+    let connector = Rewired {
+        inner: LiveKitConnector::new(options.livekit()).unwrap(),
+        url: format!("ws://127.0.0.1:{}", to_focus.port()),
+    };
+    let port = session.room(&room, TrustPolicy::CrossSigned).unwrap();
+    let (call, events) = Call::join_through(Arc::new(port), Arc::new(connector), options).await.unwrap();
+    let bob = Speaker::of(call, events, session, store).await;
+    let speakers = [alice, bob];
+    all_hear_all(&speakers).await;
+
+    let set_dark = |dark| {
+        to_homeserver.cut(dark);
+        to_focus.cut(dark);
+        place.relay.darken(bobs_address.ip(), dark);
+    };
+    set_dark(true);
+    // Bob's delayed leave fires in its absence.
+    until("bob gone", LIMIT, async || speakers[0].call.members().is_empty()).await;
+    set_dark(false);
+    until("bob back", LIMIT, async || speakers[0].call.members().len() == 1).await;
+    all_hear_all(&speakers).await;
+}
+
+const CHILD: &str = "ANTIPHON_TEST_CHILD";
+
+/// The other process of the test below: a member that speaks until it is killed.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "only the process of the test below"]
+async fn speaking_process() {
+    let Ok(place) = std::env::var(CHILD) else { return };
+    let (homeserver, room) = place.split_once(' ').unwrap();
+    let room: OwnedRoomId = room.try_into().unwrap();
+    let (session, store) = log_in(homeserver, "bob").await;
+    enter(&session, &room, &[]).await;
+    let mut options = CallOptions::default();
+    options.membership.leave_delay = Duration::from_secs(8);
+    options.membership.restart_interval = Duration::from_secs(2);
+    let (call, events) = session.join_call(&room, options).await.unwrap();
+    let _speaker = Speaker::of(call, events, session, store).await;
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_process_returns_when_it_continues() {
+    require!(Peer::LoopbackOnly);
+    let _turn = turn().await;
+    let place = Place::new(PERFECT).await;
+    for user in ["alice", "bob"] {
+        place.homeserver.register_user(user, "pw").unwrap();
+    }
+    let (session, store) = log_in(place.homeserver.url(), "alice").await;
+    let room = create_call_room(&session).await;
+    let (call, events) = session.join_call(&room, CallOptions::default()).await.unwrap();
+    let alice = Speaker::of(call, events, session, store).await;
+    let bobs_id = format!("@bob:{}", place.homeserver.server_name());
+
+    let child = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "bad_network::speaking_process", "--ignored", "--nocapture"])
+        .env(CHILD, format!("{} {room}", place.homeserver.url()))
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let signal = |name: &str| {
+        let id = child.id().unwrap().to_string();
+        let sent =
+            std::process::Command::new("sh").args(["-c", "kill -\"$1\" \"$2\"", "sh", name, &id]).status();
+        assert!(sent.unwrap().success());
+    };
+    let heard = |before: u64| {
+        let (alice, bobs_id) = (&alice, &bobs_id);
+        async move || {
+            let opened = alice.opened(bobs_id);
+            // A track that was published anew counts from zero.
+            if opened < before { opened >= ENOUGH } else { opened - before >= ENOUGH }
+        }
+    };
+    until("bob heard", LIMIT, heard(0)).await;
+    signal("STOP");
+    until("bob gone", LIMIT, async || alice.call.members().is_empty()).await;
+    let before = alice.opened(&bobs_id);
+    signal("CONT");
+    until("bob back", LIMIT, async || alice.call.members().len() == 1).await;
+    until("bob heard again", LIMIT, heard(before)).await;
+}

@@ -1,0 +1,181 @@
+//! A bad network in user space: a UDP relay that loses, delays and reorders, and a TCP relay that can be cut.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use tokio::{
+    net::{TcpListener, TcpStream, UdpSocket},
+    task::{AbortHandle, JoinSet},
+};
+
+/// What happens to each datagram, in either direction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Impairment {
+    /// How many of a hundred are lost.
+    pub(crate) loss_percent: u32,
+    /// Each is delayed by up to this, at random, so that they overtake each other.
+    pub(crate) jitter: Duration,
+}
+
+/// Stands before a server's UDP port. Every client has a socket of its own towards the server, so that the server tells
+/// them apart by their addresses. Ends when dropped.
+pub(crate) struct UdpRelay {
+    address: SocketAddr,
+    state: Arc<State>,
+    accepting: AbortHandle,
+}
+
+struct State {
+    impairment: Impairment,
+    random: Mutex<StdRng>,
+    dark: Mutex<HashSet<IpAddr>>,
+}
+
+impl State {
+    /// How long a datagram from or to `client` travels; `None` if it is lost.
+    fn fate(&self, client: IpAddr) -> Option<Duration> {
+        if self.dark.lock().unwrap().contains(&client) {
+            return None;
+        }
+        let mut random = self.random.lock().unwrap();
+        let lost = random.random_range(0..100) < self.impairment.loss_percent;
+        (!lost).then(|| self.impairment.jitter.mul_f64(random.random()))
+    }
+}
+
+impl UdpRelay {
+    pub(crate) async fn start(server: SocketAddr, impairment: Impairment) -> Self {
+        let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let address = front.local_addr().unwrap();
+        let state = Arc::new(State {
+            impairment,
+            random: Mutex::new(StdRng::seed_from_u64(1)),
+            dark: Mutex::default(),
+        });
+        let accepting = tokio::spawn(relay(front, server, state.clone())).abort_handle();
+        Self { address, state, accepting }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Loses everything from and to this address, or no longer.
+    pub(crate) fn darken(&self, client: IpAddr, dark: bool) {
+        let mut all = self.state.dark.lock().unwrap();
+        if dark {
+            all.insert(client)
+        } else {
+            all.remove(&client)
+        };
+    }
+}
+
+impl Drop for UdpRelay {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn relay(front: Arc<UdpSocket>, server: SocketAddr, state: Arc<State>) {
+    let mut clients: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
+    // Aborted with this task.
+    let mut tasks = JoinSet::new();
+    let mut buffer = vec![0; 2048];
+    // An error tells of an earlier datagram that nobody took.
+    loop {
+        let Ok((size, client)) = front.recv_from(&mut buffer).await else { continue };
+        let back = if let Some(back) = clients.get(&client) {
+            back.clone()
+        } else {
+            let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            back.connect(server).await.unwrap();
+            tasks.spawn(relay_back(back.clone(), front.clone(), client, state.clone()));
+            clients.insert(client, back.clone());
+            back
+        };
+        if let Some(delay) = state.fate(client.ip()) {
+            let datagram = buffer[..size].to_vec();
+            tokio::spawn(async move {
+                tokio::time::sleep(delay).await;
+                let _ = back.send(&datagram).await;
+            });
+        }
+    }
+}
+
+async fn relay_back(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketAddr, state: Arc<State>) {
+    let mut buffer = vec![0; 2048];
+    loop {
+        let Ok(size) = back.recv(&mut buffer).await else {
+            // The server is down.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        if let Some(delay) = state.fate(client.ip()) {
+            let (front, datagram) = (front.clone(), buffer[..size].to_vec());
+            tokio::spawn(async move {
+                tokio::time::sleep(delay).await;
+                let _ = front.send_to(&datagram, client).await;
+            });
+        }
+    }
+}
+
+/// Passes TCP connections on to a server until it is cut; then nothing connects. Ends when dropped.
+pub(crate) struct TcpRelay {
+    port: u16,
+    cut: Arc<tokio::sync::watch::Sender<bool>>,
+    accepting: AbortHandle,
+}
+
+impl TcpRelay {
+    pub(crate) async fn start(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let cut = Arc::new(tokio::sync::watch::channel(false).0);
+        let is_cut = cut.clone();
+        let accepting = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((mut client, _)) = listener.accept().await {
+                let mut is_cut = is_cut.subscribe();
+                if *is_cut.borrow() {
+                    continue;
+                }
+                connections.spawn(async move {
+                    let passing = async {
+                        if let Ok(mut server) = TcpStream::connect(server).await {
+                            drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+                        }
+                    };
+                    tokio::select! {
+                        () = passing => {}
+                        _ = is_cut.wait_for(|cut| *cut) => {}
+                    }
+                });
+            }
+        })
+        .abort_handle();
+        Self { port, cut, accepting }
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Ends all connections and refuses new ones, or no longer.
+    pub(crate) fn cut(&self, cut: bool) {
+        self.cut.send_replace(cut);
+    }
+}
+
+impl Drop for TcpRelay {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
