@@ -41,7 +41,7 @@ pub struct OwnConfig {
     /// How long after publishing a sync without our membership counts as a late sync: 5 s. It doubles with every
     /// rejoin that no sync shows.
     pub missing_grace: Duration,
-    /// How long [`Status::Connected`](super::Status::Connected) waits for a sync to show our sticky event: 3 s.
+    /// How long joining waits for a sync to show our sticky event: 3 s.
     pub echo_timeout: Duration,
 }
 
