@@ -11,7 +11,7 @@ use crate::{InCall, enter};
 /// Which user an example is, and in which room.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Place {
-    /// The homeserver: its URL, or its server name (https://matrix.example.org, example.org).
+    /// The homeserver: its server name (example.org) or its URL.
     #[arg(long, env = "MATRIX_HOMESERVER")]
     pub homeserver: String,
     /// User name (bot) or full user id (@bot:example.org).
