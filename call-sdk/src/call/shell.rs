@@ -217,7 +217,7 @@ impl Shell {
             Output::ReadRoom => {
                 let port = Arc::clone(&self.parts.port);
                 self.work.spawn(async move {
-                    let view = port.room_view().await.map_err(|error| describe(&error));
+                    let view = port.room_view().await.map(Arc::new).map_err(|error| describe(&error));
                     Done::Input(Input::Room(view))
                 });
             }

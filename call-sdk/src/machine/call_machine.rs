@@ -49,6 +49,10 @@ const READ_AGAIN: Duration = Duration::from_secs(1);
 const READ_AGAIN_MAX: Duration = Duration::from_secs(30);
 /// How long a membership that a sync has just brought may lack its sender in the list of joined users.
 const NOT_IN_ROOM_AFTER: Duration = Duration::from_secs(10);
+/// Time for the homeserver to tell its abilities; tries after the first, and the first wait, doubled each time.
+const SUPPORT_TIMEOUT: Duration = Duration::from_secs(10);
+const SUPPORT_TRIES: u32 = 4;
+const SUPPORT_AGAIN: Duration = Duration::from_millis(500);
 /// Users that are named as the source of one focus: homeservers to ask for its tokens.
 const MAX_NAMERS: usize = 8;
 /// How long an event may take to be sent.
@@ -71,6 +75,9 @@ pub struct CallMachine {
     room: Room,
     slot: Slot,
     support: Option<ServerSupport>,
+    /// Failed tries to read it, and when the next one is due.
+    support_failures: u32,
+    support_again: Option<Instant>,
     own: OwnMembership,
     roster: Roster,
     keys: MediaKeys,
@@ -168,6 +175,8 @@ impl CallMachine {
             roster: Roster::new(slot.clone()),
             slot: slot.clone(),
             support: None,
+            support_failures: 0,
+            support_again: None,
             own,
             keys: media_keys(&config, slot.clone(), rng),
             member_id: None,
@@ -365,6 +374,9 @@ impl CallMachine {
             self.room.read_again = None;
             self.room.dirty = true;
         }
+        if self.support_again.is_some_and(|at| at <= now.instant) {
+            self.read_support();
+        }
         if self.room.dirty && !self.room.reading && self.phase != Phase::Idle {
             self.room.dirty = false;
             self.room.reading = true;
@@ -383,7 +395,7 @@ impl CallMachine {
             self.next_sweep = now.instant + SWEEP_EVERY;
             self.sweep(now);
         }
-        let times = [self.room.read_again, self.routing.wake_at(), Some(self.next_sweep)];
+        let times = [self.room.read_again, self.support_again, self.routing.wake_at(), Some(self.next_sweep)];
         times.into_iter().flatten().fold(wake, Instant::min)
     }
 

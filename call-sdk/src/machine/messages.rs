@@ -99,7 +99,7 @@ pub enum Input {
     /// The application raises or lowers our hand.
     RaiseHand(bool),
     /// The room was read, or could not be.
-    Room(Result<RoomView, String>),
+    Room(Result<Arc<RoomView>, String>),
     /// The homeserver told something.
     Update(MatrixUpdate),
     /// The outcome of [`Output::Matrix`] or [`Output::Delegate`].

@@ -287,6 +287,14 @@ pub enum RequestError {
     },
 }
 
+impl RequestError {
+    /// Whether the same request may well work in a while.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::RateLimited { .. } | Self::Network { .. } | Self::TimedOut)
+    }
+}
+
 /// To-device messages of one type, one per device, always Olm-encrypted. The contents may hold keys and are left out
 /// of `Debug`.
 #[derive(Clone, PartialEq)]

@@ -60,6 +60,20 @@ fn frame(byte: u8) -> EncodedFrame {
 }
 
 #[tokio::test(start_paused = true)]
+async fn homeserver_that_says_late_what_it_supports_gets_a_delayed_leave() {
+    for failures in [1, 20] {
+        let script = Script::new(true);
+        script.server.lock().unwrap().silent_about_support = failures;
+        let (call, ..) = join(&script).await;
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let server = script.server.lock().unwrap();
+        let scheduled = server.requests.iter().any(|r| matches!(r, MatrixRequest::Schedule(_)));
+        assert!(scheduled, "after {failures} failures: {:?}", server.requests);
+        drop(call);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn joining_schedules_a_leave_publishes_membership_and_shares_our_key() {
     let script = Script::new(true);
     script.join(BOB, "BOB", &focus("own"));

@@ -49,6 +49,8 @@ pub(super) struct Homeserver {
     pub(super) down: bool,
     /// The room cannot be read this many times.
     pub(super) unreadable: usize,
+    /// It fails this many times to say what it supports.
+    pub(super) silent_about_support: usize,
     updates: Option<mpsc::Sender<MatrixUpdate>>,
     events: usize,
 }
@@ -75,6 +77,7 @@ impl Script {
             requests: Vec::new(),
             keys: Vec::new(),
             down: false,
+            silent_about_support: 0,
             unreadable: 0,
             updates: None,
             events: 0,
@@ -209,6 +212,10 @@ impl MatrixPort for Script {
             return Err(RequestError::Network { cause: "connection refused".to_owned() });
         }
         Ok(match request {
+            MatrixRequest::ReadSupport if server.silent_about_support > 0 => {
+                server.silent_about_support -= 1;
+                return Err(RequestError::Network { cause: "502".to_owned() });
+            }
             MatrixRequest::ReadSupport => {
                 let delayed_events = Some(ApiVersion::Unstable);
                 MatrixReply::Support(ServerSupport { delayed_events, ..ServerSupport::default() })

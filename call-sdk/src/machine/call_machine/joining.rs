@@ -11,9 +11,41 @@ impl CallMachine {
         self.room.dirty = true;
         self.set_status(CallStatus::Joining);
         if !self.config.observe {
-            self.request(Origin::Support, MatrixRequest::ReadSupport, Duration::from_secs(10));
+            self.read_support();
         }
         self.advance(now);
+    }
+
+    pub(super) fn read_support(&mut self) {
+        self.support_again = None;
+        self.request(Origin::Support, MatrixRequest::ReadSupport, SUPPORT_TIMEOUT);
+    }
+
+    /// What the homeserver can do, or why it did not say. Its silence is not taken for a lack of delayed events: our
+    /// own membership asks again for itself.
+    fn support_read(&mut self, now: Now, result: Result<MatrixReply, RequestError>) {
+        let support = match result {
+            Ok(MatrixReply::Support(support)) => {
+                self.own.handle(now, own::Input::Support(support.clone()));
+                support
+            }
+            Err(RequestError::LoggedOut) => {
+                return self.leave(now, EndReason::Membership(own::EndReason::LoggedOut));
+            }
+            Err(error) if error.is_transient() && self.support_failures < SUPPORT_TRIES => {
+                let wait = SUPPORT_AGAIN * 2_u32.pow(self.support_failures);
+                self.support_failures += 1;
+                self.support_again = Some(now.instant + wait);
+                return;
+            }
+            Ok(_) => ServerSupport::default(),
+            Err(error) => {
+                tracing::warn!(%error, "the homeserver does not tell its abilities; discovery does without");
+                ServerSupport::default()
+            }
+        };
+        self.support = Some(support);
+        self.run_when_ready(now);
     }
 
     pub(super) fn leave(&mut self, now: Now, reason: EndReason) {
@@ -134,7 +166,7 @@ impl CallMachine {
         }
     }
 
-    pub(super) fn room_read(&mut self, now: Now, result: Result<RoomView, String>) {
+    pub(super) fn room_read(&mut self, now: Now, result: Result<Arc<RoomView>, String>) {
         self.room.reading = false;
         let view = match result {
             Ok(view) => view,
@@ -322,22 +354,7 @@ impl CallMachine {
 
     pub(super) fn matrix_done(&mut self, now: Now, id: RequestId, result: Result<MatrixReply, RequestError>) {
         match self.requests.remove(&id) {
-            Some(Origin::Support) => {
-                let support = match result {
-                    Ok(MatrixReply::Support(support)) => support,
-                    Ok(_) => ServerSupport::default(),
-                    Err(RequestError::LoggedOut) => {
-                        return self.leave(now, EndReason::Membership(own::EndReason::LoggedOut));
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "the homeserver did not tell its abilities; the call does without");
-                        ServerSupport::default()
-                    }
-                };
-                self.own.handle(now, own::Input::Support(support.clone()));
-                self.support = Some(support);
-                self.run_when_ready(now);
-            }
+            Some(Origin::Support) => self.support_read(now, result),
             Some(Origin::Own(id)) => self.own.handle(now, own::Input::Reply { id, result }),
             Some(Origin::Invite) => {
                 if let Ok(MatrixReply::Sent { event_id }) = result {

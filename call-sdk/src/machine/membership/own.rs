@@ -8,10 +8,6 @@
 //! joined, no failure of the homeserver ends the session: everything is tried again for as long as the call lasts, and
 //! a membership that the homeserver lost is published anew.
 //!
-//! A first join fails with an [`EndReason`] when the homeserver refuses it or the time for joining is over. Once
-//! joined, no failure of the homeserver ends the session: everything is tried again for as long as the call lasts, and
-//! a membership that the homeserver lost is published anew.
-//!
 //! *Assumptions.* A delayed leave (MSC4140) that is not restarted in time is sent by the homeserver, and ends our
 //! membership. Writing the membership again does not cancel it, except on servers that do (the restart right
 //! after joining detects those). The caller tells us after each sync what the room shows of us.

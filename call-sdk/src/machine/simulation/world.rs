@@ -122,6 +122,8 @@ pub(super) struct World {
     pub(super) clients: Vec<Client>,
     room: OwnedRoomId,
     state: BTreeMap<String, MemberEvent>,
+    /// The room as a sync shows it, until it changes.
+    view: Option<Arc<RoomView>>,
     delayed: BTreeMap<DelayId, Delayed>,
     queue: BinaryHeap<Scheduled>,
     order: u64,
@@ -142,6 +144,7 @@ impl World {
             clients: Vec::new(),
             room: "!room:example.org".try_into().unwrap(),
             state: BTreeMap::new(),
+            view: None,
             delayed: BTreeMap::new(),
             queue: BinaryHeap::new(),
             order: 0,
@@ -173,6 +176,7 @@ impl World {
             alive: true,
             wake: None,
         });
+        self.view = None;
         self.feed(number, Input::Start);
         number
     }
@@ -318,7 +322,8 @@ impl World {
                 self.answer(latency, number, Input::Matrix { id, result });
             }
             Output::ReadRoom => {
-                let view = self.view();
+                let view =
+                    self.view.get_or_insert_with(|| Arc::new(view_of(&self.state, &self.clients))).clone();
                 self.answer(Duration::from_millis(2), number, Input::Room(Ok(view)));
             }
             Output::SendToDevice { id, batch } => self.send_to_device(number, id, batch),
@@ -407,21 +412,12 @@ impl World {
             redacted_by: None,
         };
         self.state.insert(key.clone(), written);
+        self.view = None;
         for number in 0..self.clients.len() {
             let latency = self.latency();
             self.answer(latency, number, Input::Update(MatrixUpdate::RoomChanged));
         }
         event_id
-    }
-
-    fn view(&self) -> RoomView {
-        RoomView {
-            members: self.state.values().filter(|event| event.content != Value::Null).cloned().collect(),
-            slots: Vec::new(),
-            joined: self.clients.iter().map(|client| client.device.user_id.clone()).collect(),
-            encrypted: true,
-            version: "11".to_owned(),
-        }
     }
 
     fn send_to_device(&mut self, from: usize, id: RequestId, batch: ToDeviceBatch) {
@@ -470,5 +466,15 @@ impl World {
 
     fn one_in(&mut self, chance: u32) -> bool {
         chance > 0 && self.rng.random_range(0..chance) == 0
+    }
+}
+
+fn view_of(state: &BTreeMap<String, MemberEvent>, clients: &[Client]) -> RoomView {
+    RoomView {
+        members: state.values().filter(|event| event.content != Value::Null).cloned().collect(),
+        slots: Vec::new(),
+        joined: clients.iter().map(|client| client.device.user_id.clone()).collect(),
+        encrypted: true,
+        version: "11".to_owned(),
     }
 }

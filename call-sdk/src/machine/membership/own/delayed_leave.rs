@@ -2,10 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{
-    Event, InFlight, Now, OwnMembership, Phase, Task, later,
-    messages::{NoDelayedLeave, is_transient},
-};
+use super::{Event, InFlight, Now, OwnMembership, Phase, Task, later, messages::NoDelayedLeave};
 use crate::{
     matrix::{DelayId, DelayedAction, MatrixReply, RequestError},
     member::MembershipForm,
@@ -60,14 +57,14 @@ impl OwnMembership {
     ) {
         match result {
             Ok(MatrixReply::Support(support)) => self.scheduling.learn(support),
-            Err(error) if is_transient(&error) => self.retry(now, request, &error),
+            Err(error) if error.is_transient() => self.retry(now, request, &error),
             Ok(_) | Err(_) => self.scheduling.learn_nothing(),
         }
     }
 
     pub(super) fn probed(&mut self, now: Now, request: &InFlight, result: Result<MatrixReply, RequestError>) {
         match result {
-            Err(error) if is_transient(&error) => self.retry(now, request, &error),
+            Err(error) if error.is_transient() => self.retry(now, request, &error),
             // Anything but a clear yes means that a leave might be sent at once.
             result => self.scheduling.probed(matches!(result, Ok(MatrixReply::DelayParameter(true)))),
         }
@@ -110,7 +107,7 @@ impl OwnMembership {
         match error {
             RequestError::MaxDelayExceeded { max } => self.adapt_delay(max),
             RequestError::Unsupported if !joined => self.scheduling.missing(joined),
-            error if joined || is_transient(&error) => {
+            error if joined || error.is_transient() => {
                 if error == RequestError::Unsupported {
                     self.scheduling.missing(joined);
                 }
@@ -225,7 +222,7 @@ impl OwnMembership {
         request: &InFlight,
         result: Result<MatrixReply, RequestError>,
     ) {
-        let again = result.err().filter(is_transient);
+        let again = result.err().filter(RequestError::is_transient);
         if let Some(error) = &again {
             self.retry(now, request, error);
         }

@@ -9,8 +9,7 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    Delayed, Event, InFlight, Now, OwnMembership, Phase, Step, Task, later,
-    messages::{DelegationError, is_transient},
+    Delayed, Event, InFlight, Now, OwnMembership, Phase, Step, Task, later, messages::DelegationError,
 };
 use crate::matrix::{DelayId, DelayedAction, MatrixReply, RequestError};
 
@@ -212,7 +211,7 @@ impl OwnMembership {
         doing: fn(RequestError) -> DelegationError,
     ) {
         let failures = self.tries.get(&request.task).map_or(0, |tries| tries.failures);
-        if is_transient(&error) && failures + 1 < MAX_TRIES {
+        if error.is_transient() && failures + 1 < MAX_TRIES {
             self.retry(now, request, &error);
         } else {
             self.give_delegation_up(doing(error));

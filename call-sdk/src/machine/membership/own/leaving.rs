@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     InFlight, Now, OwnMembership, Phase, Status, Step, Task, later,
-    messages::{EndReason, Event, is_transient},
+    messages::{EndReason, Event},
 };
 use crate::{
     machine::membership::wire::{LeaveCode, OwnDescription},
@@ -141,7 +141,7 @@ impl OwnMembership {
             Task::SendLeave => !leaving.spent.contains(&Task::PutLeave),
             _ => self.delayed.is_some() && !leaving.spent.contains(&Task::SendLeave),
         };
-        if !is_transient(&error) || (other && error == RequestError::TimedOut) {
+        if !error.is_transient() || (other && error == RequestError::TimedOut) {
             leaving.spent.insert(request.task);
             return;
         }

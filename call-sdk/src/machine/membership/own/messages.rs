@@ -353,11 +353,6 @@ pub(super) fn event_type(form: MembershipForm) -> &'static str {
     }
 }
 
-/// Whether asking again may help without anybody changing anything.
-pub(super) fn is_transient(error: &RequestError) -> bool {
-    matches!(error, RequestError::RateLimited { .. } | RequestError::Network { .. } | RequestError::TimedOut)
-}
-
 /// The id of an event that was sent, if the reply names it.
 pub(super) fn sent_event(reply: &MatrixReply) -> Option<&OwnedEventId> {
     match reply {

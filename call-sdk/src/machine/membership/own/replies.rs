@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{
     InFlight, Joined, Now, OwnMembership, Phase, PublicationKind, RequestId, Status, Task, Trouble,
     is_same_membership, later,
-    messages::{EndReason, Event, NoDelayedLeave, event_type, is_transient, sent_event},
+    messages::{EndReason, Event, NoDelayedLeave, event_type, sent_event},
 };
 use crate::{
     machine::membership::wire::LeaveCode,
@@ -134,7 +134,7 @@ impl OwnMembership {
     fn put_failed(&mut self, now: Now, request: &InFlight, error: RequestError) {
         match (&self.phase, error) {
             (Phase::Leaving(_) | Phase::Idle, _) => {}
-            (Phase::Joining(joining), error) if joining.deadline.is_some() && !is_transient(&error) => {
+            (Phase::Joining(joining), error) if joining.deadline.is_some() && !error.is_transient() => {
                 let reason = match error {
                     RequestError::Forbidden { message, .. } => {
                         EndReason::NotPermitted { event_type: event_type(self.form()), message }

@@ -1,6 +1,9 @@
 //! The current events of a view: its state, and the winner of every sticky key (MSC4354).
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
 
 use ruma_common::{EventId, OwnedEventId, UserId};
 use serde_json::Value;
@@ -18,7 +21,7 @@ const MAX_LOGGED: usize = 1024;
 /// A current membership. It counts until it expires.
 #[derive(Debug)]
 pub(super) struct Candidate {
-    pub(super) membership: ParsedMembership,
+    pub(super) membership: Arc<ParsedMembership>,
     pub(super) event_id: Option<OwnedEventId>,
     pub(super) sent: UnixMillis,
     pub(super) sticky_until: Option<UnixMillis>,
@@ -43,36 +46,58 @@ pub(super) struct CurrentEvents {
 struct Known {
     sticky_key: Option<String>,
     sticky_rank: UnixMillis,
+    event: MemberEvent,
+    /// Whether the room was encrypted when the event was read.
+    encrypted: bool,
+    membership: Arc<ParsedMembership>,
 }
 
 impl Known {
-    fn of(event: &MemberEvent) -> Self {
+    fn of(event: &MemberEvent, membership: Arc<ParsedMembership>, encrypted: bool) -> Self {
         Self {
             sticky_key: wire::sticky_key(&event.content).ok().map(str::to_owned),
             sticky_rank: event.sticky_rank,
+            event: event.clone(),
+            encrypted,
+            membership,
         }
+    }
+
+    /// Whether it was read from this very event.
+    fn is(&self, event: &MemberEvent, encrypted: bool) -> bool {
+        self.encrypted == encrypted && self.event == *event
     }
 }
 
 impl CurrentEvents {
-    /// Reads the current memberships of a view.
+    /// Reads the current memberships of a view. In a room of many members all but one are known from the view before.
     pub(super) fn read(&mut self, view: &RoomView) -> Vec<Candidate> {
         let mut known = BTreeMap::new();
         let mut candidates = Vec::new();
         for event in self.current(&view.members) {
             self.log_capabilities(&event.content);
-            let membership = match wire::read(event, view.encrypted) {
+            let before = event.event_id.as_ref().and_then(|id| self.known.remove(id));
+            let as_before = before.as_ref().filter(|known| known.is(event, view.encrypted));
+            let read = match as_before {
+                Some(known) => Ok(known.membership.clone()),
+                None => wire::read(event, view.encrypted).map(Arc::new),
+            };
+            let membership = match read {
                 Ok(membership) => membership,
                 Err(rejected) => {
                     if let Rejected::Ignored(reason) = rejected {
                         tracing::trace!(sender = %event.sender, %reason, "member event ignored");
                     }
-                    known.extend(event.event_id.as_ref().and_then(|id| self.known.remove_entry(id)));
+                    known.extend(event.event_id.clone().zip(before));
                     continue;
                 }
             };
             if let Some(id) = &event.event_id {
-                known.insert(id.clone(), Known::of(event));
+                let entry = match before {
+                    Some(before) if Arc::ptr_eq(&before.membership, &membership) => before,
+                    _ => Known::of(event, membership.clone(), view.encrypted),
+                };
+                known.insert(id.clone(), entry);
             }
             candidates.push(Candidate {
                 membership,
