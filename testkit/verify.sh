@@ -24,7 +24,7 @@ usage() {
                 as testkit/web/package-lock.json says  (needs npm; x86-64)
      bin/       LiveKit server $livekit_version, as a Go module (needs Go $go_needed or newer)
                 cargo-fuzz $cargo_fuzz_version, from crates.io, if the fuzz targets run
-   Chromium, Redis, nginx, Caddy, systemd-analyze, ip and unshare need root: what is missing is named with the
+   Chromium, Redis, coturn, nginx, Caddy, systemd-analyze, ip and unshare need root: what is missing is named with the
    line that installs it.
 3. cargo fmt, clippy and doc, all with warnings denied.
 4. Every test, the documentation's too, in a network namespace that has only loopback, because browsers
@@ -149,7 +149,7 @@ programs() {
   local pair
   # Servers are often where only root's path leads.
   local PATH=$PATH:/usr/sbin
-  for pair in chromium:chromium redis-server:redis-server nginx:nginx-light caddy:caddy \
+  for pair in chromium:chromium redis-server:redis-server turnserver:coturn nginx:nginx-light caddy:caddy \
     systemd-analyze:systemd ip:iproute2 unshare:util-linux; do
     command -v "${pair%:*}" >/dev/null ||
       lacks "${pair%:*}: apt-get install --yes --no-install-recommends ${pair#*:}"

@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! use antiphon_call_sdk::{matrix::TrustPolicy, session::{Session, SessionOptions}};
+//! use antiphon_call_sdk::{Session, SessionOptions, TrustPolicy};
 //!
 //! let options = SessionOptions::new("https://matrix.example.org".parse()?, "bot", "password", "/var/lib/bot");
 //! let session = Session::log_in_or_restore(options).await?;

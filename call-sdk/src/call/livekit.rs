@@ -19,7 +19,7 @@ use crate::{
     tls::{TlsError, TlsOptions, client_config},
     transport::{
         LiveKitFocus, NamedBy, TransportError,
-        livekit::{Bind, ConnectOptions, LiveKitTransport},
+        livekit::{Bind, ConnectOptions, IceServer, LiveKitTransport},
     },
 };
 
@@ -35,6 +35,10 @@ pub struct LiveKitOptions {
     pub tls: TlsOptions,
     /// The local addresses that media travels from.
     pub bind: Bind,
+    /// STUN and TURN servers in addition to those that the SFU names.
+    pub ice_servers: Vec<IceServer>,
+    /// Whether media travels through TURN servers only, so that the SFU does not learn our address.
+    pub relay_only: bool,
 }
 
 /// Finds, enters and connects to LiveKit SFU rooms.
@@ -44,6 +48,8 @@ pub struct LiveKitConnector {
     access: Access,
     tls: Arc<rustls::ClientConfig>,
     bind: Bind,
+    ice_servers: Vec<IceServer>,
+    relay_only: bool,
 }
 
 impl LiveKitConnector {
@@ -54,7 +60,8 @@ impl LiveKitConnector {
     pub fn new(options: LiveKitOptions) -> Result<Self, TlsError> {
         let tls = client_config(&options.tls)?;
         let access = Access::new(&tls, options.policy)?;
-        Ok(Self { discovery: options.discovery, access, tls, bind: options.bind })
+        let LiveKitOptions { discovery, bind, ice_servers, relay_only, .. } = options;
+        Ok(Self { discovery, access, tls, bind, ice_servers, relay_only })
     }
 }
 
@@ -94,6 +101,8 @@ impl Connector for LiveKitConnector {
         options.bind = self.bind.clone();
         options.tls = Some(Arc::clone(&self.tls));
         options.addresses = access.addresses;
+        options.ice_servers.clone_from(&self.ice_servers);
+        options.relay_only = self.relay_only;
         match LiveKitTransport::connect(options).await {
             Ok((transport, events)) => Ok((transport, events)),
             Err(error) => {

@@ -4,6 +4,8 @@
 //! Needs a network namespace with nothing but loopback, as WebRTC gathers every address it finds.
 #![allow(clippy::disallowed_methods, reason = "a test is a shell: it starts the tasks that send")]
 
+mod turn;
+
 use std::{
     collections::BTreeSet,
     net::TcpListener,
@@ -19,11 +21,12 @@ use std::{
 use antiphon_call_sdk::{
     Codec, FrameBytes, KeyIndex, ParticipantIdentity, TrackSource, TrackSpec, VideoLayer,
     frame_crypto::SealedData,
+    tls::{ExtraRoots, TlsOptions, client_config},
     transport::{
         ConnectStage, DataBody, DataPacket, DisconnectReason, FrameReceiver, LocalTrackId, MediaTransport,
         Outlet, ReceivedFrame, Reliability, RemoteTrack, Subscription, TrackSid, TransportError,
         TransportEvent, UserData, WireFrame,
-        livekit::{Bind, ConnectOptions, LiveKitTransport},
+        livekit::{Bind, ConnectOptions, IceServer, LiveKitTransport},
     },
 };
 use antiphon_testkit::{peers::Peer, require};

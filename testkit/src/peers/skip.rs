@@ -19,6 +19,8 @@ pub enum Peer {
     Chromium,
     /// Redis.
     Redis,
+    /// The TURN server coturn.
+    Coturn,
     /// The reverse proxy nginx.
     Nginx,
     /// The reverse proxy Caddy.
@@ -48,6 +50,7 @@ impl Peer {
             ),
             Self::Chromium => (on_path("chromium"), "Chromium", apt("chromium")),
             Self::Redis => (on_path("redis-server"), "Redis", apt("redis-server")),
+            Self::Coturn => (on_path("turnserver"), "coturn", apt("coturn")),
             Self::Nginx => (on_path("nginx"), "nginx", apt("nginx-light")),
             Self::Caddy => (on_path("caddy"), "Caddy", apt("caddy")),
             Self::SystemdAnalyze => (on_path("systemd-analyze"), "systemd-analyze", apt("systemd")),

@@ -13,7 +13,10 @@ use livekit_signaling::{SignalClient, SignalError, SignalEvents, SignalOptions};
 use super::net::{self, Dial};
 use crate::{
     foci::AddressRule,
-    transport::{TransportError, rtc::IceServer},
+    transport::{
+        TransportError,
+        rtc::{IceServer, Network},
+    },
 };
 
 /// The newest LiveKit signalling protocol whose duties this transport fulfils: from 18 on, data channels are negotiated
@@ -38,7 +41,9 @@ pub struct ConnectOptions {
     pub bind: Bind,
     /// STUN and TURN servers in addition to those that the SFU names. Unused with loopback addresses.
     pub ice_servers: Vec<IceServer>,
-    /// TLS of the signalling connection; `None`: trust the system's roots.
+    /// Whether media travels through TURN servers only (false by default): the SFU does not learn our address.
+    pub relay_only: bool,
+    /// TLS of the signalling connection and of TURN servers; `None`: trust the system's roots.
     pub tls: Option<Arc<rustls::ClientConfig>>,
     /// Which addresses the signalling connection may go to.
     pub addresses: AddressRule,
@@ -55,6 +60,7 @@ impl ConnectOptions {
             single_peer_connection: true,
             bind: Bind::Auto,
             ice_servers: Vec::new(),
+            relay_only: false,
             tls: None,
             addresses: AddressRule::Any,
         }
@@ -65,8 +71,18 @@ impl ConnectOptions {
         Dial { tls: self.tls.clone(), addresses: self.addresses }
     }
 
+    /// How the peer connections may use the network.
+    pub(super) fn network(&self) -> Network {
+        Network {
+            addresses: self.local_addresses(),
+            relay_only: self.relay_only,
+            tls: self.tls.clone(),
+            rule: self.addresses,
+        }
+    }
+
     /// The local socket addresses that [`Self::bind`] means for this URL.
-    pub(super) fn local_addresses(&self) -> Vec<SocketAddr> {
+    fn local_addresses(&self) -> Vec<SocketAddr> {
         match &self.bind {
             Bind::Addresses(addresses) => addresses.clone(),
             Bind::Auto if is_loopback(&self.url) => {
@@ -89,6 +105,7 @@ impl fmt::Debug for ConnectOptions {
             .field("single_peer_connection", &self.single_peer_connection)
             .field("bind", &self.bind)
             .field("ice_servers", &self.ice_servers)
+            .field("relay_only", &self.relay_only)
             .finish()
     }
 }

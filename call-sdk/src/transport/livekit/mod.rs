@@ -9,7 +9,6 @@
 //!
 //! What it does not do:
 //!
-//! - TURN over TCP or TLS, which the engine lacks. SFUs that listen on TCP are reached by it where UDP is blocked.
 //! - Sender reports from SFUs that name the media section in the same packet, as LiveKit does: the engine rejects it.
 //! - Estimates of the downlink (REMB): an SFU that relies on them, as LiveKit does by default, never pauses our tracks.
 //! - Audio levels in packets: SFUs that find speakers by them do not see ours.

@@ -1,7 +1,5 @@
 //! The peer connections of a LiveKit session: two in signalling v0, one in v1.
 
-use std::net::SocketAddr;
-
 use livekit_protocol as proto;
 use tokio::sync::mpsc;
 
@@ -48,8 +46,8 @@ impl Peers {
         ice_servers: Vec<IceServer>,
     ) -> Result<(Self, PeerEvents), TransportError> {
         let (events, receiver) = mpsc::channel(EVENTS);
-        let addresses = options.local_addresses();
-        let open = |side| open(&addresses, ice_servers.clone(), side, events.clone());
+        let network = options.network();
+        let open = |side| Peer::open(&network, ice_servers.clone(), side, events.clone());
         let publisher = open(Side::Publisher).await?;
         let subscriber = Some(open(Side::Subscriber).await?);
         Ok((Self { publisher, subscriber }, receiver))
@@ -59,7 +57,7 @@ impl Peers {
     pub(super) async fn one(options: &ConnectOptions) -> Result<(Self, PeerEvents), TransportError> {
         let (events, receiver) = mpsc::channel(EVENTS);
         let ice_servers = options.ice_servers.clone();
-        let publisher = open(&options.local_addresses(), ice_servers, Side::Publisher, events).await?;
+        let publisher = Peer::open(&options.network(), ice_servers, Side::Publisher, events).await?;
         Ok((Self { publisher, subscriber: None }, receiver))
     }
 
@@ -90,9 +88,9 @@ impl Peers {
         options: &ConnectOptions,
         ice_servers: &[IceServer],
     ) -> Result<(), TransportError> {
-        let addresses = options.local_addresses();
+        let network = options.network();
         for peer in self.all() {
-            peer.set_ice_servers(&addresses, ice_servers.to_vec()).await?;
+            peer.set_ice_servers(&network, ice_servers.to_vec()).await?;
         }
         Ok(())
     }
@@ -115,13 +113,4 @@ impl Peers {
             None => self.publisher.close().await,
         }
     }
-}
-
-async fn open(
-    addresses: &[SocketAddr],
-    ice_servers: Vec<IceServer>,
-    side: Side,
-    events: mpsc::Sender<(Side, PeerEvent)>,
-) -> Result<Peer, TransportError> {
-    Peer::open(addresses, ice_servers, side, events).await
 }

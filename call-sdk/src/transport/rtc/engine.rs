@@ -34,7 +34,8 @@ use webrtc::{
     },
     peer_connection::{
         MediaEngine, PeerConnection, PeerConnectionBuilder, RTCConfiguration, RTCConfigurationBuilder,
-        RTCIceCandidateInit, RTCIceServer, RTCSessionDescription, SettingEngineBuilder,
+        RTCIceCandidateInit, RTCIceServer, RTCIceTransportPolicy, RTCSessionDescription,
+        SettingEngineBuilder,
     },
     rtp_transceiver::{RTCRtpTransceiverDirection, RTCRtpTransceiverInit},
 };
@@ -52,7 +53,7 @@ pub(in crate::transport) use self::{
     outgoing::{OutgoingTrack, Report},
 };
 use super::{
-    IceServer,
+    ice::{IceServer, Network, Reachable},
     sections::{candidates, digestible_answer, digestible_offer, honest_answer},
 };
 use crate::{media::Codec, transport::TransportError};
@@ -103,6 +104,7 @@ pub(in crate::transport) enum PeerEvent {
 /// One peer connection.
 pub(in crate::transport) struct Peer {
     connection: Arc<dyn PeerConnection>,
+    servers: tokio::sync::Mutex<Reachable>,
     /// Whether the other side's description is set.
     described: bool,
     early: VecDeque<RTCIceCandidateInit>,
@@ -130,14 +132,16 @@ impl Offer {
 }
 
 impl Peer {
-    /// Opens a connection on the given local addresses; its events come with `tag`.
+    /// Opens a connection; its events come with `tag`.
     pub(in crate::transport) async fn open<T: Copy + Send + Sync + 'static>(
-        addresses: &[SocketAddr],
+        network: &Network,
         ice_servers: Vec<IceServer>,
         tag: T,
         events: mpsc::Sender<(T, PeerEvent)>,
     ) -> Result<Self, TransportError> {
         let shared = Arc::<Shared>::default();
+        let mut servers = Reachable::default();
+        let addresses = &network.addresses;
         let mut media_engine = MediaEngine::default();
         // Only codecs that we can cut and put together: the SFU then never sends another.
         for codec in ALL_CODECS {
@@ -155,12 +159,12 @@ impl Peer {
             )
             .build();
         let connection = PeerConnectionBuilder::new()
-            .with_configuration(configuration(addresses, ice_servers))
+            .with_configuration(configuration(network, servers.update(network, ice_servers).await))
             .with_media_engine(media_engine)
             .with_interceptor_registry(registry)
             .with_setting_engine(settings)
             .with_handler(Arc::new(Handler { tag, events, shared: Arc::clone(&shared) }))
-            .with_udp_addrs(addresses.to_vec())
+            .with_udp_addrs(addresses.clone())
             // Where UDP is blocked, SFUs are reached by TCP (RFC 6544).
             .with_tcp_addrs(addresses.iter().map(|address| SocketAddr::new(address.ip(), 0)).collect())
             .with_data_channel_send_buffer_limit(DATA_BUFFER)
@@ -169,6 +173,7 @@ impl Peer {
             .map_err(media)?;
         Ok(Self {
             connection: Arc::new(connection),
+            servers: tokio::sync::Mutex::new(servers),
             described: false,
             early: VecDeque::new(),
             shared,
@@ -179,10 +184,11 @@ impl Peer {
     /// Replaces the ICE servers; they are used from the next gathering of candidates on.
     pub(in crate::transport) async fn set_ice_servers(
         &self,
-        addresses: &[SocketAddr],
+        network: &Network,
         ice_servers: Vec<IceServer>,
     ) -> Result<(), TransportError> {
-        self.connection.set_configuration(configuration(addresses, ice_servers)).await.map_err(media)
+        let usable = self.servers.lock().await.update(network, ice_servers).await;
+        self.connection.set_configuration(configuration(network, usable)).await.map_err(media)
     }
 
     /// Opens a data channel; without `reliable`, messages are sent once, in any order.
@@ -392,16 +398,17 @@ impl Peer {
     }
 }
 
-fn configuration(addresses: &[SocketAddr], ice_servers: Vec<IceServer>) -> RTCConfiguration {
-    // A loopback-only connection needs no server to learn its address, and must not ask one.
-    let local_only = addresses.iter().all(|address| address.ip().is_loopback());
-    let servers = if local_only { Vec::new() } else { IceServer::usable(ice_servers) };
+fn configuration(network: &Network, servers: Vec<IceServer>) -> RTCConfiguration {
     let servers = servers.into_iter().map(|server| RTCIceServer {
         urls: server.urls,
         username: server.username,
         credential: server.credential,
     });
-    RTCConfigurationBuilder::new().with_ice_servers(servers.collect()).build()
+    let policy = if network.relay_only { RTCIceTransportPolicy::Relay } else { RTCIceTransportPolicy::All };
+    RTCConfigurationBuilder::new()
+        .with_ice_servers(servers.collect())
+        .with_ice_transport_policy(policy)
+        .build()
 }
 
 /// The interceptors for RTP and RTCP. A pacer is missing on purpose: it would hold back what exceeds the

@@ -28,6 +28,8 @@ mod packetiser;
 mod payload;
 #[cfg(feature = "webrtc")]
 pub(in crate::transport) mod sections;
+#[cfg(feature = "webrtc")]
+mod turn_stream;
 
 #[cfg(all(test, feature = "webrtc"))]
 mod interop;
@@ -36,6 +38,8 @@ mod tests;
 
 #[cfg(feature = "webrtc")]
 pub use self::ice::IceServer;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) use self::ice::Network;
 pub use self::{
     jitter::{AssembledFrame, IncomingPacket, Reassembler},
     packetiser::{FrameLayer, OutgoingPacket, PacketiseError, Packetiser},

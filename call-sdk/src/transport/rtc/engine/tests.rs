@@ -3,7 +3,8 @@ use crate::transport::{WireFrame, rtc::OutgoingPacket};
 
 async fn peer() -> (Peer, mpsc::Receiver<((), PeerEvent)>) {
     let (events, receiver) = mpsc::channel(EVENTS);
-    (Peer::open(&["127.0.0.1:0".parse().unwrap()], Vec::new(), (), events).await.unwrap(), receiver)
+    let network = Network { addresses: vec!["127.0.0.1:0".parse().unwrap()], ..Network::default() };
+    (Peer::open(&network, Vec::new(), (), events).await.unwrap(), receiver)
 }
 
 /// An SFU's offer with data and, per entry, a video section of that direction; ended sections have no SSRC.
