@@ -15,6 +15,8 @@ mod incoming;
 mod livekit;
 mod options;
 mod outgoing;
+#[cfg(feature = "opus")]
+mod pcm;
 mod queue;
 mod shell;
 
@@ -24,6 +26,8 @@ pub use error::CallError;
 pub use livekit::{LiveKitConnector, LiveKitOptions};
 pub use options::CallOptions;
 pub use outgoing::{LocalTrack, WriteError};
+#[cfg(feature = "opus")]
+pub use pcm::{PcmTrack, PcmWriteError};
 
 use queue::EventReceiver;
 use shell::{Command, Shell};

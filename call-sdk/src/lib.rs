@@ -17,6 +17,7 @@
 //! |---|---|---|
 //! | `matrix-sdk` | yes | calls in rooms of a matrix-sdk client; sessions |
 //! | `webrtc` | yes | media over LiveKit SFUs |
+//! | `opus` | no | sound as samples: an Opus encoder and decoder in Rust |
 //! | `aws-lc` | yes | frame encryption by AWS-LC instead of RustCrypto |
 //!
 //! Without features the crate is the machine and the frame encryption alone: no sockets, no threads, no clock.
@@ -44,6 +45,8 @@ pub use call::{
 };
 #[cfg(feature = "webrtc")]
 pub use call::{LiveKitConnector, LiveKitOptions};
+#[cfg(all(feature = "shell", feature = "opus"))]
+pub use call::{PcmTrack, PcmWriteError};
 pub use key::{BadKeyLength, KeyIndex, MediaKey};
 pub use machine::{
     Attention, CallEvent, CallReport, CallStatus, ConnectFailure, ConnectFailureKind, EncryptionPolicy,
@@ -57,6 +60,8 @@ pub use media::{
     Codec, EncodedFrame, FrameBytes, FramePool, Recording, RecordingError, TrackSource, TrackSpec,
     VideoLayer, opus_duration,
 };
+#[cfg(feature = "opus")]
+pub use media::{FRAME_SAMPLES, PcmDecoder, PcmEncoder, PcmError, PcmFrame, SAMPLE_RATE};
 pub use member::{Device, Member, MemberId, MemberKey, MembershipForm, ParticipantIdentity, Slot};
 #[cfg(feature = "matrix-sdk")]
 pub use session::{Homeserver, Secret, Session, SessionError, SessionOptions};

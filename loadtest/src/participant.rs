@@ -202,7 +202,13 @@ impl Sending {
                     .or_default()
                     .push(Instant::now());
                 let key_frame = number % self.key_every == 0;
-                outlet.send(&WireFrame { payload: frame(number).into(), rtp_timestamp, layer: 0, key_frame });
+                outlet.send(&WireFrame {
+                    payload: frame(number).into(),
+                    rtp_timestamp,
+                    layer: 0,
+                    key_frame,
+                    audio_level: None,
+                });
             }
         })
     }

@@ -44,6 +44,11 @@ pub struct CallOptions {
     /// The local addresses that media travels from.
     #[cfg(feature = "webrtc")]
     pub bind: crate::transport::livekit::Bind,
+    /// STUN and TURN servers in addition to those that SFUs name.
+    #[cfg(feature = "webrtc")]
+    pub ice_servers: Vec<crate::transport::livekit::IceServer>,
+    /// Whether media travels through TURN servers only, so that SFUs do not learn our address.
+    pub relay_only: bool,
     /// Whether the focus's authorisation service is asked to keep our delayed leave (MSC4195), so that the others see
     /// within a moment when this process dies.
     pub delegate_leave: bool,
@@ -74,6 +79,9 @@ impl Default for CallOptions {
             tls: TlsOptions::default(),
             #[cfg(feature = "webrtc")]
             bind: crate::transport::livekit::Bind::default(),
+            #[cfg(feature = "webrtc")]
+            ice_servers: Vec::new(),
+            relay_only: false,
             delegate_leave: false,
             frame_queue: 1024,
             join_timeout: Duration::from_secs(30),
@@ -122,6 +130,8 @@ setters! {
     with_services(services: ServicePolicy);
     /// Says which certificate authorities are trusted.
     with_tls(tls: TlsOptions);
+    /// Sends media through TURN servers only.
+    with_relay_only(relay_only: bool);
     /// Delegates our delayed leave.
     with_delegate_leave(delegate_leave: bool);
     /// Bounds the frames that wait.
@@ -145,6 +155,8 @@ impl CallOptions {
         livekit.policy = self.services;
         livekit.tls = self.tls.clone();
         livekit.bind = self.bind.clone();
+        livekit.ice_servers.clone_from(&self.ice_servers);
+        livekit.relay_only = self.relay_only;
         livekit
     }
 

@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
     time::Duration,
 };
@@ -19,6 +19,11 @@ use crate::{
     transport::{ConnectionId, LocalTrackId, Outlet, WireFrame, rtc::is_key_frame},
 };
 
+/// Stands for an audio level that nobody told.
+const NO_LEVEL: u8 = u8::MAX;
+/// The audio level of silence.
+const SILENCE: u8 = 127;
+
 /// What the call's task and the application's handle share of a local track.
 pub(super) struct Outgoing {
     pub(super) id: LocalTrackId,
@@ -27,6 +32,8 @@ pub(super) struct Outgoing {
     layers: Vec<Mutex<Layer>>,
     outlets: RwLock<Vec<(ConnectionId, Arc<dyn Outlet>)>>,
     muted: AtomicBool,
+    /// In −dBov; [`NO_LEVEL`] if unknown.
+    audio_level: AtomicU8,
     /// The application dropped its handle.
     dropped: AtomicBool,
     changed: Arc<Notify>,
@@ -59,6 +66,7 @@ impl Outgoing {
             layers,
             outlets: RwLock::default(),
             muted,
+            audio_level: AtomicU8::new(NO_LEVEL),
             dropped: AtomicBool::new(false),
             changed,
         }
@@ -100,6 +108,7 @@ impl Outgoing {
             rtp_timestamp: rtp_timestamp(frame.timestamp, self.spec.codec.clock_rate()),
             layer,
             key_frame: is_key_frame(self.spec.codec, &frame.payload),
+            audio_level: Some(self.audio_level.load(Ordering::Relaxed)).filter(|level| *level != NO_LEVEL),
         };
         for (_, outlet) in self.outlets.read().unwrap_or_else(PoisonError::into_inner).iter() {
             outlet.send(&wire);
@@ -154,6 +163,15 @@ impl LocalTrack {
         self.shared.changed.notify_one();
     }
 
+    /// Tells how loud the frames are that follow: from 0 (loudest) to 127 (silence), in −dBov (RFC 6464). SFUs find out
+    /// who speaks by it, as they cannot hear encrypted sound. `None`, as in the beginning: not known.
+    ///
+    /// The SFU can read it. [`PcmTrack`](crate::PcmTrack) does this by itself.
+    pub fn set_audio_level(&self, level: Option<u8>) {
+        let level = level.map_or(NO_LEVEL, |level| level.min(SILENCE));
+        self.shared.audio_level.store(level, Ordering::Relaxed);
+    }
+
     /// Frames that connections were too slow for, or that came while none was up.
     #[must_use]
     pub fn dropped_frames(&self) -> u64 {
@@ -191,6 +209,14 @@ pub enum WriteError {
     /// The track was published with fewer layers.
     #[error("the track was not published with a layer {0}")]
     NoSuchLayer(u8),
+}
+
+impl WriteError {
+    /// Whether the frame came in the moment before our first key existed: drop it and go on.
+    #[must_use]
+    pub fn is_before_our_key(&self) -> bool {
+        matches!(self, Self::Seal(SealError::MissingKey(_)))
+    }
 }
 
 /// Media time in a codec's clock, modulo 2^32 as RTP counts (RFC 3550 §5.1).
@@ -254,10 +280,12 @@ mod tests {
         }
         assert!(matches!(track.write(&frame()), Err(WriteError::Seal(SealError::MissingKey(_)))));
         sealing.switch_to(KeyIndex(3), &MediaKey::new(vec![7; 16]).unwrap()).unwrap();
+        track.set_audio_level(Some(200));
         track.write(&frame()).unwrap();
         let [first, second] = wires.map(|wire| wire.frames.lock().unwrap().clone());
         assert_eq!(first, second);
         assert_eq!(first.len(), 1, "nothing was sent before the first key");
+        assert_eq!(first[0].audio_level, Some(127), "no level is lower");
         assert_eq!(first[0].payload.len(), 50 + crate::frame_crypto::OVERHEAD);
     }
 

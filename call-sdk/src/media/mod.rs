@@ -3,9 +3,13 @@
 use std::time::Duration;
 
 mod buffer;
+#[cfg(feature = "opus")]
+mod pcm;
 mod recording;
 
 pub use buffer::{FrameBytes, FramePool};
+#[cfg(feature = "opus")]
+pub use pcm::{FRAME_SAMPLES, PcmDecoder, PcmEncoder, PcmError, PcmFrame, SAMPLE_RATE};
 pub use recording::{Recording, RecordingError, opus_duration};
 
 /// A media codec that calls use.

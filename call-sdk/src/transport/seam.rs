@@ -18,6 +18,8 @@ pub struct WireFrame {
     pub layer: u8,
     /// Whether a decoder can start here.
     pub key_frame: bool,
+    /// How loud an audio frame is, from 0 (loudest) to 127 (silence) in −dBov (RFC 6464); `None`: not known.
+    pub audio_level: Option<u8>,
 }
 
 /// A frame that arrived, exactly as it was on the wire.

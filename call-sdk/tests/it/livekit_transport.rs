@@ -104,6 +104,26 @@ async fn key_frame_request_reaches_the_sender() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn member_is_found_to_speak_by_the_level_that_it_tells() {
+    require!(Peer::LiveKit, Peer::LoopbackOnly);
+    let server = Server::start().await;
+    let alice = Member::enter(&server, "alice").await;
+    let mut bob = Member::enter(&server, "bob").await;
+    let microphone = alice.transport.publish(MICROPHONE, TrackSpec::microphone(), true).await.unwrap();
+    let mut sending = Sending { stop: Arc::default(), tasks: Vec::new() };
+    sending.feed(microphone, Duration::from_millis(20), |number| WireFrame {
+        audio_level: Some(20),
+        ..opus(number)
+    });
+    let speaks = |event: &TransportEvent| match event {
+        TransportEvent::Speakers(speakers) => speakers.first().map(|speaker| speaker.identity.clone()),
+        _ => None,
+    };
+    assert_eq!(bob.until(speaks).await, ParticipantIdentity("alice".to_owned()));
+    sending.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn server_without_v1_is_joined_by_v0() {
     require!(Peer::LiveKit, Peer::LoopbackOnly);
     let server = Server::start().await;
@@ -791,7 +811,7 @@ fn vp8_of(number: u32, width: u16, height: u16, layer: u8) -> WireFrame {
 }
 
 fn wire(payload: Vec<u8>, key_frame: bool) -> WireFrame {
-    WireFrame { payload: FrameBytes::from(payload), rtp_timestamp: 0, layer: 0, key_frame }
+    WireFrame { payload: FrameBytes::from(payload), rtp_timestamp: 0, layer: 0, key_frame, audio_level: None }
 }
 
 fn number_in(payload: &[u8], codec: Codec) -> u32 {

@@ -1,16 +1,15 @@
 //! Push-to-talk by data message.
 #![allow(clippy::disallowed_methods, reason = "a program is a shell: it owns the clock and the tasks")]
 
-use std::time::Duration;
+use std::{f64::consts::TAU, time::Duration};
 
-use antiphon_call_sdk::{CallEvent, CallOptions, Recording};
+use antiphon_call_sdk::{CallEvent, CallOptions, FRAME_SAMPLES, PcmTrack, SAMPLE_RATE, TrackSpec};
 use antiphon_examples::{Place, init};
 use anyhow::Result;
 use clap::Parser;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, interval};
 
-/// A tone of 262 Hz. An application with an Opus encoder writes its frames the same way.
-const TONE: &[u8] = include_bytes!("../../media/alice.ogg");
+const FRAME: Duration = Duration::from_millis(20);
 
 /// Joins the call of a Matrix room muted, and sounds a tone when a member sends a data message with the topic `talk`.
 ///
@@ -31,17 +30,14 @@ struct Options {
 async fn main() -> Result<()> {
     init();
     let options = Options::parse();
-    let tone = Recording::read(std::io::Cursor::new(TONE))?;
     let mut call = options.place.join_call(CallOptions::default()).await?;
-    let mut spec = tone.track();
+    let mut spec = TrackSpec::microphone();
     spec.muted = true;
-    let track = call.call.publish(spec).await?;
+    let mut microphone = PcmTrack::new(call.call.publish(spec).await?)?;
     println!("waiting for data messages with the topic talk");
-    let (start, mut frames) = (Instant::now(), tone.looped().peekable());
+    let (mut frames, mut number) = (interval(FRAME), 0);
     let mut talk_until = None;
     loop {
-        // Media time goes on while the track is muted, as RTP wants it.
-        let due = start + frames.peek().map(|frame| frame.timestamp).unwrap_or_default();
         tokio::select! {
             event = call.next() => match event {
                 Some(CallEvent::Data { member, message, .. }) if message.topic.as_deref() == Some("talk") => {
@@ -49,22 +45,31 @@ async fn main() -> Result<()> {
                     let seconds = wanted.unwrap_or(3).min(options.longest);
                     println!("{} asks for {seconds} s", member.user_id);
                     talk_until = Some(Instant::now() + Duration::from_secs(seconds));
-                    track.set_muted(false);
+                    microphone.track().set_muted(false);
                 }
                 Some(_) => {}
                 None => break,
             },
-            () = sleep_until(due) => {
-                if let Some(frame) = frames.next() {
-                    // While the track is muted, and before our first key exists, nothing is sent.
-                    let _ = track.write(&frame);
-                }
-                if talk_until.is_some_and(|until| Instant::now() >= until) {
-                    talk_until = None;
-                    track.set_muted(true);
+            _ = frames.tick() => {
+                number += 1;
+                match talk_until {
+                    Some(until) if Instant::now() < until => microphone.write(&tone(number))?,
+                    // Media time goes on while nobody speaks, as RTP wants it.
+                    Some(_) => {
+                        talk_until = None;
+                        microphone.track().set_muted(true);
+                        microphone.skip(FRAME);
+                    }
+                    None => microphone.skip(FRAME),
                 }
             }
         }
     }
     call.leave().await
+}
+
+/// The `number`th 20 ms of a tone of 262 Hz. Another program would read a microphone here.
+fn tone(number: usize) -> Vec<i16> {
+    let sample = |n| (n as f64 * 262.0 * TAU / f64::from(SAMPLE_RATE)).sin() * 8_000.0;
+    (number * FRAME_SAMPLES..).take(FRAME_SAMPLES).map(|n| sample(n) as i16).collect()
 }

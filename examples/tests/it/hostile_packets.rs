@@ -60,7 +60,7 @@ async fn garbage_on_every_port_does_not_disturb_a_call() {
             pace.tick().await;
             let payload = frames.frame(u64::from(number)).into();
             let rtp_timestamp = number.wrapping_mul(960);
-            outlet.send(&WireFrame { payload, rtp_timestamp, layer: 0, key_frame: true });
+            outlet.send(&WireFrame { payload, rtp_timestamp, layer: 0, key_frame: true, audio_level: None });
         }
     });
 

@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     fn frame() -> WireFrame {
-        WireFrame { payload: vec![1].into(), rtp_timestamp: 0, layer: 0, key_frame: true }
+        WireFrame { payload: vec![1].into(), rtp_timestamp: 0, layer: 0, key_frame: true, audio_level: None }
     }
 
     #[test]

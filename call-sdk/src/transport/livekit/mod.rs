@@ -11,7 +11,6 @@
 //!
 //! - Sender reports from SFUs that name the media section in the same packet, as LiveKit does: the engine rejects it.
 //! - Estimates of the downlink (REMB): an SFU that relies on them, as LiveKit does by default, never pauses our tracks.
-//! - Audio levels in packets: SFUs that find speakers by them do not see ours.
 //! - Retransmission streams for simulcast: lost packets are sent again as they were.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 

@@ -81,6 +81,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes that may wait in a data channel until its writer has to wait.
 const DATA_BUFFER: usize = 1 << 20;
 /// Header extension with the numbers that the feedback about the uplink names.
+/// How loud a packet of audio is (RFC 6464).
+const AUDIO_LEVEL: &str = "urn:ietf:params:rtp-hdrext:ssrc-audio-level";
 const TRANSPORT_CC: &str = "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01";
 /// The names of simulcast layers, lowest first, as LiveKit expects them.
 const RIDS: [&str; 3] = ["q", "h", "f"];
@@ -421,6 +423,13 @@ fn interceptors(engine: &mut MediaEngine, shared: &Shared) -> Result<Registry, T
         .register_header_extension(
             RTCRtpHeaderExtensionCapability { uri: dependency::URI.to_owned() },
             RtpCodecKind::Video,
+            None,
+        )
+        .map_err(media)?;
+    engine
+        .register_header_extension(
+            RTCRtpHeaderExtensionCapability { uri: AUDIO_LEVEL.to_owned() },
+            RtpCodecKind::Audio,
             None,
         )
         .map_err(media)?;

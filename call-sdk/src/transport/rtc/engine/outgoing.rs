@@ -15,7 +15,7 @@ use webrtc::{
 };
 
 use super::{
-    RIDS,
+    AUDIO_LEVEL, RIDS,
     codecs::mime,
     dependency::{self, Descriptor},
     media,
@@ -49,6 +49,8 @@ struct Negotiated {
     extensions: Vec<Vec<(u8, Bytes)>>,
     /// The id of the dependency descriptor, for codecs that need it.
     descriptor: Option<u8>,
+    /// The id of the audio level, if the other side takes it.
+    audio_level: Option<u8>,
 }
 
 /// What receivers report about a track.
@@ -108,7 +110,8 @@ impl OutgoingTrack {
         };
         let descriptor = id(dependency::URI).filter(|_| matches!(self.codec, Codec::Vp9 | Codec::Av1));
         // A second negotiation of the same section changes nothing.
-        drop(self.negotiated.set(Negotiated { payload_type, extensions, descriptor }));
+        let audio_level = id(AUDIO_LEVEL);
+        drop(self.negotiated.set(Negotiated { payload_type, extensions, descriptor, audio_level }));
         Ok(())
     }
 
@@ -151,6 +154,9 @@ impl OutgoingTrack {
                 };
                 header.set_extension(id, descriptor.encode()).map_err(media)?;
             }
+            if let (Some(id), Some(level)) = (negotiated.audio_level, frame.audio_level) {
+                header.set_extension(id, level_octet(level)).map_err(media)?;
+            }
             let packet = rtp::Packet { header, payload: packet.payload };
             self.track.write_rtp(packet).await.map_err(|_| TransportError::Closed)?;
         }
@@ -176,4 +182,19 @@ impl OutgoingTrack {
             }
         }
     }
+}
+
+/// The value of the audio level's extension (RFC 6464 §3). Its first bit would say that a detector found speech.
+fn level_octet(level: u8) -> Bytes {
+    static LEVELS: [u8; 128] = {
+        let mut levels = [0; 128];
+        let mut level = 0;
+        while level < 128 {
+            levels[level] = level as u8;
+            level += 1;
+        }
+        levels
+    };
+    let level = usize::from(level.min(127));
+    Bytes::from_static(&LEVELS[level..=level])
 }

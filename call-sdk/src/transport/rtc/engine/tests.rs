@@ -215,6 +215,7 @@ async fn media_and_reports_travel_between_two_peers() {
                 rtp_timestamp: u32::from(sequence) * 900,
                 layer: 0,
                 key_frame: true,
+                audio_level: None,
             };
             track.write(&frame, sequence, &mut vec![packet]).await.unwrap();
             tokio::time::sleep(Duration::from_millis(10)).await;
