@@ -10,8 +10,8 @@
 //!    device alone, as deployed clients name other ids; sticky members never do.
 //! 5. It is not older than the newest key with this index, and the sender has not replaced it before.
 //!
-//! A key that arrives before its sender's membership waits for it, within bounds and only if the sender is joined to
-//! the room. The keys of a member that leaves are dropped. When it returns, a message from before does not count again.
+//! A key that arrives before its sender's membership waits for it, within bounds. One whose sender is not joined to the
+//! room waits only as long as a sync may take to bring that, and few of them do, as anybody can send such keys. The keys of a member that leaves are dropped. When it returns, a message from before does not count again.
 //!
 //! *Assumptions.* The port takes the device from the Olm session and delivers an event again when a device list that it
 //! lacked is current.
@@ -46,6 +46,11 @@ const MAX_REPLACED: usize = 32;
 const MAX_GONE: usize = 512;
 /// Devices whose keys were refused by policy that are remembered.
 const MAX_DISTRUSTED: usize = 512;
+/// How long a key waits for its sender to be joined to the room: keys and the room come by different ways.
+const STRANGER_FOR: Duration = Duration::from_secs(30);
+/// Most keys of users who are not joined that wait, of all and of one.
+const MAX_STRANGERS: usize = 64;
+const MAX_OF_STRANGER: usize = 4;
 /// A rejection is reported again after this.
 const REPORT_AGAIN: Duration = Duration::from_secs(60);
 /// Most different rejections reported within that time.
@@ -124,6 +129,8 @@ pub(super) struct Inbox {
     gone: VecDeque<(MemberKey, Memory)>,
     /// In order of arrival.
     parked: VecDeque<Parked>,
+    /// The keys of users who are not joined to the room, in order of arrival.
+    strangers: VecDeque<Parked>,
     distrusted: BTreeSet<Device>,
     reported: Vec<(OwnedUserId, Discriminant<KeyRejected>, Instant)>,
 }
@@ -142,6 +149,7 @@ impl Inbox {
             members: BTreeMap::new(),
             gone: VecDeque::new(),
             parked: VecDeque::new(),
+            strangers: VecDeque::new(),
             distrusted: BTreeSet::new(),
             reported: Vec::new(),
         }
@@ -176,6 +184,12 @@ impl Inbox {
             self.joined.clone_from(joined);
             self.parked.retain(|key| joined.contains(&key.from.user_id));
             self.distrusted.retain(|device| joined.contains(&device.user_id));
+            let (known, strangers) = std::mem::take(&mut self.strangers)
+                .into_iter()
+                .partition::<VecDeque<_>, _>(|key| joined.contains(&key.from.user_id));
+            self.strangers = strangers;
+            self.parked.extend(known);
+            self.parked.make_contiguous().sort_by_key(|key| key.since);
         }
         if let Some(own) = &changes.own {
             self.own_ids = own.iter().map(|member| member.member_id.clone()).collect();
@@ -240,18 +254,25 @@ impl Inbox {
             let Device { user_id, device_id } = key.from;
             outputs.extend(self.reject(now, user_id, Some(device_id), KeyRejected::NotAMember));
         }
+        while let Some(key) = self.strangers.pop_front_if(|key| now >= later(key.since, STRANGER_FOR)) {
+            let Device { user_id, device_id } = key.from;
+            outputs.extend(self.reject(now, user_id, Some(device_id), KeyRejected::NotInRoom));
+        }
         outputs
     }
 
     /// When [`Self::expire`] has something to do.
     #[must_use]
     pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.parked.front().map(|key| later(key.since, self.limits.park_for))
+        let parked = self.parked.front().map(|key| later(key.since, self.limits.park_for));
+        let stranger = self.strangers.front().map(|key| later(key.since, STRANGER_FOR));
+        parked.into_iter().chain(stranger).min()
     }
 
     /// Wipes all keys, as when we leave. Old messages stay recognised.
     pub(super) fn leave(&mut self) -> Vec<InboxOutput> {
         self.parked.clear();
+        self.strangers.clear();
         self.own_ids.clear();
         let members = std::mem::take(&mut self.members);
         let outputs = members.keys().map(|member| InboxOutput::Forget { member: member.clone() }).collect();
@@ -351,7 +372,12 @@ impl Inbox {
 
     fn park(&mut self, key: Parked) -> Result<(), KeyRejected> {
         if !self.joined.contains(&key.from.user_id) {
-            return Err(KeyRejected::NotInRoom);
+            let of_user = self.strangers.iter().filter(|known| known.from.user_id == key.from.user_id);
+            if of_user.count() >= MAX_OF_STRANGER || self.strangers.len() >= MAX_STRANGERS {
+                return Err(KeyRejected::NotInRoom);
+            }
+            self.strangers.push_back(key);
+            return Ok(());
         }
         let same_place = |known: &Parked| {
             known.from == key.from && known.member_id == key.member_id && known.index == key.index

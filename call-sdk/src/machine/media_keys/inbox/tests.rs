@@ -427,14 +427,40 @@ fn newer_waiting_key_replaces_an_older_one() {
 }
 
 #[test]
-fn strangers_cannot_park() {
+fn key_that_overtakes_its_senders_entry_into_the_room_waits_for_it() {
+    let mut inbox = inbox();
+    let bob = member(BOB);
+    let without_bob: BTreeSet<_> = joined().into_iter().filter(|user| user.as_str() != BOB.0).collect();
+    inbox.members(start(), &[], &without_bob);
+    assert_eq!(inbox.receive(start(), &message(BOB, 0, 1, 1)), []);
+    let later = start().plus(secs(2));
+    assert_eq!(inbox.members(later, std::slice::from_ref(&bob), &joined()), [install(&bob, 0, 1)]);
+    assert_eq!(inbox.next_expiry(), None);
+}
+
+#[test]
+fn strangers_take_no_room_for_long() {
     let mut inbox = inbox();
     let stranger = ("@stranger:example.org", "S");
-    assert_eq!(
-        inbox.receive(start(), &message(stranger, 0, 1, 1)),
-        [rejected(stranger, KeyRejected::NotInRoom)]
-    );
-    // A user that leaves the room loses its place.
+    for index in 0..4 {
+        assert_eq!(inbox.receive(start(), &message(stranger, index, 1, 1)), []);
+    }
+    let refused = [rejected(stranger, KeyRejected::NotInRoom)];
+    assert_eq!(inbox.receive(start(), &message(stranger, 4, 1, 1)), refused);
+    let at = inbox.next_expiry().unwrap();
+    assert_eq!(at, start().instant + secs(30));
+    inbox.expire(at);
+    assert_eq!(inbox.next_expiry(), None);
+    for number in 0..100 {
+        let user = format!("@stranger{number}:example.org");
+        inbox.receive(start(), &message((&user, "S"), 0, 1, 1));
+    }
+    assert_eq!(inbox.strangers.len(), 64);
+}
+
+#[test]
+fn user_that_leaves_the_room_loses_its_waiting_keys() {
+    let mut inbox = inbox();
     inbox.receive(start(), &message(BOB, 0, 1, 1));
     assert_eq!(inbox.parked.len(), 1);
     let without_bob: BTreeSet<_> = joined().into_iter().filter(|user| user.as_str() != BOB.0).collect();
