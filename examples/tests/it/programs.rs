@@ -136,13 +136,14 @@ async fn check_restarts(bot: impl Fn(&Stage) -> Command) {
     let track = call.publish(recording.track()).await.unwrap();
     let mut playing = tokio::task::JoinSet::new();
     playing.spawn(async move { play(&track, &recording).await.unwrap() });
-    let (mut devices, mut echoes) = (HashSet::new(), HashSet::new());
+    let (mut devices, mut echoes, mut created) = (HashSet::new(), HashSet::new(), HashSet::new());
     for end in ["leaves", "is killed", "leaves"] {
         let mut bot = bot(&stage).spawn().unwrap();
         // It echoes, so a frame of it says that it hears us and that we hear it.
         let echo = echo_of(&mut events, 50, |sid| !echoes.contains(sid)).await;
         devices.insert(echo.member.device_id.clone());
         echoes.insert(echo.track.sid.clone());
+        created.extend(call.members().iter().map(|member| member.created));
         if end == "leaves" {
             // As Ctrl-C does.
             end_by(bot, "-INT").await;
@@ -152,6 +153,8 @@ async fn check_restarts(bot: impl Fn(&Stage) -> Command) {
         }
     }
     assert_eq!(devices.len(), 1, "{devices:?}");
+    // Even after it was killed: members send their keys only to a device that has joined anew.
+    assert_eq!(created.len(), 3, "each start is a join: {created:?}");
     drop(playing);
     call.leave().await;
     stage.focus.shutdown().await;
