@@ -30,7 +30,7 @@ usage() {
 3. cargo fmt, clippy and doc, all with warnings denied.
 4. The bot in examples/embed, a project of its own outside the workspace that depends on the SDK by path. It must
    fit in 50 lines. The tests start it twice. With --size it is built as docs/sdk/embedding.md describes, which
-   takes 10 to 20 minutes on two cores, and its size is printed.
+   takes long (a busy two-core machine: 50 minutes), and its size is printed.
 5. Every test, the documentation's too, in a network namespace that has only loopback, because browsers
    and SFUs bind every interface they see. Where no such namespace can be made, the tests that need it
    are skipped.
