@@ -14,6 +14,7 @@ usage() {
   cat <<EOF
 ./testkit/verify.sh            check and test everything
 ./testkit/verify.sh --fuzz     the same, and run the fuzz targets (with CI=true they always run)
+./testkit/verify.sh --size     the same, with the bot outside the workspace as a release build, and print its size
 ./testkit/verify.sh --setup    only install, below target/peers, what the tests meet
 ./testkit/verify.sh --help     this text
 
@@ -27,10 +28,13 @@ usage() {
    Chromium, Redis, coturn, nginx, Caddy, systemd-analyze, ip and unshare need root: what is missing is named with the
    line that installs it.
 3. cargo fmt, clippy and doc, all with warnings denied.
-4. Every test, the documentation's too, in a network namespace that has only loopback, because browsers
+4. The bot in examples/embed, a project of its own outside the workspace that depends on the SDK by path. It must
+   fit in 50 lines. The tests start it twice. With --size it is built as docs/sdk/embedding.md describes, which
+   takes long (a busy two-core machine: 50 minutes), and its size is printed.
+5. Every test, the documentation's too, in a network namespace that has only loopback, because browsers
    and SFUs bind every interface they see. Where no such namespace can be made, the tests that need it
    are skipped.
-5. With CI=true or --fuzz, every fuzz target for 30 s, two at a time (docs/fuzzing.md).
+6. With CI=true or --fuzz, every fuzz target for 30 s, two at a time (docs/fuzzing.md).
 
 A test whose peer is missing prints a line that begins with SKIPPED. With CI=true in the environment
 whatever is missing is a failure.
@@ -42,13 +46,14 @@ EOF
 
 main() {
   case ${1-} in
-    '' | --fuzz | --setup) ;;
+    '' | --fuzz | --size | --setup) ;;
     --help | -h) usage && return ;;
     *) usage >&2 && return 2 ;;
   esac
   trap finish EXIT
   missing=()
   [[ ${CI-} != true && ${1-} != --fuzz ]] || fuzzing=yes
+  [[ ${1-} != --size ]] || size=yes
   step "tools" tools
   step "Synapse $synapse_version" synapse
   step "npm packages" npm_packages
@@ -71,6 +76,7 @@ check() {
   step "format" cargo fmt --all --check
   step "clippy" cargo clippy "${any[@]}" --all-targets -- -D warnings
   RUSTDOCFLAGS="-D warnings" step "documentation" cargo doc "${any[@]}" --no-deps
+  step "bot outside the workspace" embed
   step "build of the tests" cargo test "${any[@]}" --no-run
   step "tests" tests cargo test "${any[@]}" --offline
   if [[ -z ${fuzzing-} ]]; then
@@ -154,6 +160,24 @@ programs() {
     command -v "${pair%:*}" >/dev/null ||
       lacks "${pair%:*}: apt-get install --yes --no-install-recommends ${pair#*:}"
   done
+}
+
+embed() {
+  local lines profile=dev out=${CARGO_TARGET_DIR:-$PWD/target}/embed
+  lines=$(wc -l <examples/embed/src/main.rs)
+  ((lines <= 50)) || fail "examples/embed/src/main.rs has $lines lines; the quick start has 50 at most"
+  cargo metadata --manifest-path examples/embed/Cargo.toml --locked --format-version 1 >/dev/null ||
+    fail "examples/embed/Cargo.lock is behind: call cargo metadata there without --locked, and commit it"
+  cargo fmt --manifest-path examples/embed/Cargo.toml --check
+  [[ -z ${size-} ]] || profile=release
+  # Debug information would take most of the time and space of the dev build.
+  CARGO_PROFILE_DEV_DEBUG=false cargo build --manifest-path examples/embed/Cargo.toml --target-dir "$out" \
+    --profile "$profile" --ignore-rust-version --locked
+  ANTIPHON_EMBED_BOT=$(realpath "$out/${profile/dev/debug}/embed")
+  export ANTIPHON_EMBED_BOT
+  if [[ -n ${size-} ]]; then
+    echo "stripped size of the release build: $(stat --format %s "$ANTIPHON_EMBED_BOT") bytes"
+  fi
 }
 
 tests() {

@@ -21,7 +21,7 @@ mod store;
 use std::{fmt, path::PathBuf, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
 use matrix_sdk::{
-    Client, ClientBuildError, SessionChange,
+    Client, ClientBuildError, Room, RoomState, SessionChange,
     authentication::matrix::MatrixSession,
     config::{RequestConfig, SyncSettings},
     encryption::{
@@ -29,7 +29,7 @@ use matrix_sdk::{
         secret_storage::SecretStorageError,
     },
     ruma::{
-        OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId,
+        OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, RoomOrAliasId, ServerName, UserId,
         api::{
             client::{
                 filter::FilterDefinition,
@@ -54,6 +54,8 @@ use crate::matrix::{
 
 /// How long one `/sync` waits for news.
 const POLL: Duration = Duration::from_secs(30);
+/// How long the homeserver may take to show a room that we have joined.
+const ROOM_SHOWN: Duration = Duration::from_secs(30);
 /// For finding out whether the saved access token is still good.
 const WHOAMI_LIMIT: Duration = Duration::from_secs(20);
 /// After a failed sync, doubled each time.
@@ -243,12 +245,51 @@ impl Session {
         self.syncing.clone()
     }
 
+    /// Joins a room, if the user has not already, and waits until the sync shows it with its state. `room` is an id or
+    /// an alias.
+    ///
+    /// # Errors
+    /// [`SessionError::Homeserver`] if the homeserver does not let us in, [`SessionError::NotShown`] if its sync does not
+    /// show the room within 30 s.
+    pub async fn enter_room(&self, room: &RoomOrAliasId) -> Result<Room, SessionError> {
+        // Boxed for the reason that `log_in_or_restore` gives.
+        let entering: Pin<Box<dyn Future<Output = _> + Send + '_>> = Box::pin(self.enter(room));
+        entering.await
+    }
+
+    async fn enter(&self, room: &RoomOrAliasId) -> Result<Room, SessionError> {
+        // Before joining, so that no update falls between.
+        let mut changes = self.client.subscribe_to_all_room_updates();
+        let known = <&RoomId>::try_from(room).ok().and_then(|id| self.client.get_room(id));
+        let room_id = match known.filter(|room| room.state() == RoomState::Joined) {
+            Some(room) => room.room_id().to_owned(),
+            None => {
+                let joined = self.client.join_room_by_id_or_alias(room, &[]).await;
+                joined.map_err(asked("join the room"))?.room_id().to_owned()
+            }
+        };
+        let shown = async {
+            loop {
+                if let Some(room) = self.client.get_room(&room_id)
+                    && room.state() == RoomState::Joined
+                    && room.create_content().is_some()
+                {
+                    return room;
+                }
+                // Lagging only means that something changed, so look again.
+                let _ = changes.recv().await;
+            }
+        };
+        let room = tokio::time::timeout(ROOM_SHOWN, shown).await;
+        room.map_err(|_| SessionError::NotShown { room_id })
+    }
+
     /// A room that the user has joined, for a call.
     ///
     /// # Errors
     /// [`SessionError::NotJoined`].
     pub fn room(&self, room_id: &RoomId, trust: TrustPolicy) -> Result<SdkRoom, SessionError> {
-        let room = self.client.get_room(room_id).filter(|room| room.state() == matrix_sdk::RoomState::Joined);
+        let room = self.client.get_room(room_id).filter(|room| room.state() == RoomState::Joined);
         let room = room.ok_or_else(|| SessionError::NotJoined { room_id: room_id.to_owned() })?;
         SdkRoom::of_session(room, trust, self.encryptor.clone(), self.syncing.clone())
             .map_err(SessionError::Matrix)
@@ -370,6 +411,12 @@ pub enum SessionError {
     /// The user is not in the room.
     #[error("the user is not joined to the room {room_id}")]
     NotJoined {
+        /// The room.
+        room_id: OwnedRoomId,
+    },
+    /// The homeserver let us into the room, but its sync does not show it.
+    #[error("the homeserver did not show the room {room_id} within 30 s; try again")]
+    NotShown {
         /// The room.
         room_id: OwnedRoomId,
     },

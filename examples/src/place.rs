@@ -6,7 +6,7 @@ use antiphon_call_sdk::{CallOptions, Session, SessionOptions, TrustPolicy};
 use anyhow::Result;
 use matrix_sdk::ruma::OwnedRoomOrAliasId;
 
-use crate::{InCall, enter};
+use crate::InCall;
 
 /// Which user an example is, and in which room.
 #[derive(Clone, Debug, clap::Args)]
@@ -52,7 +52,7 @@ impl Place {
         login.recovery_key = self.recovery_key.as_deref().map(Into::into);
         login.allow_unsigned_device = self.allow_unsigned;
         let session = Session::log_in_or_restore(login).await?;
-        let room = enter(&session, &self.room).await?;
+        let room = session.enter_room(&self.room).await?;
         let trust = if self.trust_any_device { TrustPolicy::AnyDevice } else { TrustPolicy::CrossSigned };
         let options = options.with_trust(trust).with_allow_untrusted(self.allow_unsigned);
         let (call, events) = session.join_call(room.room_id(), options).await?;

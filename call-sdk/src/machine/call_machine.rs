@@ -17,7 +17,7 @@ use super::{
         own::{self, OwnMembership},
         roster::{Change, Roster},
         slots::{self, SlotStatus},
-        wire::{MembershipMode, OwnDescription},
+        wire::{self, MembershipMode, OwnDescription},
     },
     messages::{AccessWanted, CallStatus, Input, Output, RequestId},
     notify::{self, Attention, Notice, Notify},

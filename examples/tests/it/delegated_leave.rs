@@ -10,7 +10,6 @@ use antiphon_call_sdk::{
         livekit::{ConnectOptions, LiveKitTransport},
     },
 };
-use antiphon_examples::enter;
 use antiphon_focus::{Config, Focus, FocusHandle};
 use antiphon_testkit::homeserver::{DevHomeserver, Options, RegisteredUser};
 use reqwest::{Method, StatusCode};
@@ -106,7 +105,7 @@ impl Process {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let whole = runtime.block_on(async {
             let session = log_in(homeserver, "bob").await;
-            enter(&session, room.into()).await.unwrap();
+            session.enter_room(room.into()).await.unwrap();
             let mut options = CallOptions::default().with_delegate_leave(true);
             options.membership.leave_delay = Duration::from_mins(10);
             let (call, mut events) = session.join_call(room, options).await.unwrap();

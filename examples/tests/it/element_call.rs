@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use antiphon_call_sdk::{CallEvent, CallOptions, TrustPolicy};
-use antiphon_examples::enter;
 use antiphon_focus::{Config, Focus};
 use antiphon_testkit::peers::{
     self, Peer,
@@ -29,7 +28,7 @@ async fn each_decodes_the_other_and_its_end_is_seen() {
     synapse.join(&bob, &room).await.unwrap();
     let session = log_in(&synapse.url(), "alice").await;
     let room_id = <&RoomId>::try_from(room.as_str()).unwrap();
-    enter(&session, room_id.into()).await.unwrap();
+    session.enter_room(room_id.into()).await.unwrap();
 
     // Element Call on its own does not cross-sign its device.
     let options = CallOptions::default().with_trust(TrustPolicy::AnyDevice);

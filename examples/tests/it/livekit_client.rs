@@ -11,7 +11,6 @@ use antiphon_call_sdk::{
     tls::{TlsOptions, client_config},
     transport::NamedBy,
 };
-use antiphon_examples::enter;
 use antiphon_focus::{Config, Focus};
 use antiphon_testkit::peers::{
     self, Peer,
@@ -116,7 +115,7 @@ async fn page_and_member_decrypt_each_other_and_a_wrong_key_nothing() {
     let alice = log_in(homeserver.url(), "alice").await;
     let bob = log_in(homeserver.url(), "bob").await;
     let room_id = create_call_room(&alice).await;
-    enter(&bob, (*room_id).into()).await.unwrap();
+    bob.enter_room((*room_id).into()).await.unwrap();
 
     // Alice is a member of ours.
     let (call, mut events) = alice.join_call(&room_id, CallOptions::default()).await.unwrap();
@@ -168,7 +167,7 @@ async fn page_and_member_decrypt_each_other_and_a_wrong_key_nothing() {
 
     // Eve has a token and the wrong key: packets arrive, and not one frame decodes.
     let eve = log_in(homeserver.url(), "eve").await;
-    enter(&eve, (*room_id).into()).await.unwrap();
+    eve.enter_room((*room_id).into()).await.unwrap();
     let eves_port = eve.room(&room_id, TrustPolicy::CrossSigned).unwrap();
     let eves_access = access(&eves_port, &service).await;
     let wrong = [7_u8; 16];

@@ -4,12 +4,19 @@ use std::{
     collections::{BTreeMap, HashSet},
     path::Path,
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 
-use antiphon_call_sdk::{Call, CallEvent, CallEvents, CallOptions, Recording, Reliability, UserData};
+use antiphon_call_sdk::{
+    Call, CallEvent, CallEvents, CallOptions, IncomingTrack, Recording, Reliability, TrackSid, UserData,
+};
+use antiphon_examples::play;
 use antiphon_focus::{Config, Focus, FocusHandle};
-use antiphon_testkit::homeserver::DevHomeserver;
+use antiphon_testkit::{
+    homeserver::DevHomeserver,
+    peers::{self, Peer},
+};
 use matrix_sdk::ruma::OwnedRoomId;
 use tokio::process::{Child, Command};
 
@@ -54,9 +61,13 @@ impl Stage {
 }
 
 /// Ends a program as a service manager does, so that it leaves the call.
-async fn stop(mut program: Child) {
+async fn stop(program: Child) {
+    end_by(program, "-TERM").await;
+}
+
+async fn end_by(mut program: Child, signal: &str) {
     let id = program.id().expect("the program runs").to_string();
-    assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+    assert!(Command::new("kill").args([signal, &id]).status().await.unwrap().success());
     let status = tokio::time::timeout(LIMIT, program.wait()).await.expect("the program ends").unwrap();
     assert!(status.success(), "{status}");
 }
@@ -89,6 +100,81 @@ async fn echo_bot_returns_what_the_player_plays() {
     stop(bot).await;
     call.leave().await;
     stage.focus.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restarted_bot_is_the_same_device_and_hears_and_is_heard() {
+    let _turn = turn().await;
+    check_restarts(|stage| stage.program(env!("CARGO_BIN_EXE_echo_bot"), "bot")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restarted_bot_of_another_workspace_hears_and_is_heard() {
+    peers::require!(Peer::EmbedBot);
+    let _turn = turn().await;
+    let path = Peer::EmbedBot.find().unwrap();
+    check_restarts(|stage| {
+        let mut bot = Command::new(&path);
+        bot.env("MATRIX_HOMESERVER", stage.homeserver.url())
+            .env("MATRIX_USER", "bot")
+            .env("MATRIX_PASSWORD", "pw")
+            .env("MATRIX_ROOM", stage.room.as_str())
+            .env("BOT_FOLDER", stage.folder.path().join("bot"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true);
+        bot
+    })
+    .await;
+}
+
+/// Starts a bot that echoes three times with the same folder.
+async fn check_restarts(bot: impl Fn(&Stage) -> Command) {
+    let stage = Stage::new().await;
+    let (call, mut events) = stage.join().await;
+    let recording = Recording::open(media("alice.ogg")).unwrap();
+    let track = call.publish(recording.track()).await.unwrap();
+    let mut playing = tokio::task::JoinSet::new();
+    playing.spawn(async move { play(&track, &recording).await.unwrap() });
+    let (mut devices, mut echoes, mut created) = (HashSet::new(), HashSet::new(), HashSet::new());
+    for end in ["leaves", "is killed", "leaves"] {
+        let mut bot = bot(&stage).spawn().unwrap();
+        // It echoes, so a frame of it says that it hears us and that we hear it.
+        let echo = echo_of(&mut events, 50, |sid| !echoes.contains(sid)).await;
+        devices.insert(echo.member.device_id.clone());
+        echoes.insert(echo.track.sid.clone());
+        created.extend(call.members().iter().map(|member| member.created));
+        if end == "leaves" {
+            // As Ctrl-C does.
+            end_by(bot, "-INT").await;
+            event(&mut events, "the leave", LIMIT, |e| matches!(e, CallEvent::MemberLeft(_))).await;
+        } else {
+            bot.kill().await.unwrap();
+        }
+    }
+    assert_eq!(devices.len(), 1, "{devices:?}");
+    // Even after it was killed: members send their keys only to a device that has joined anew.
+    assert_eq!(created.len(), 3, "each start is a join: {created:?}");
+    drop(playing);
+    call.leave().await;
+    stage.focus.shutdown().await;
+}
+
+/// Waits for frames of a track that `is_new`.
+async fn echo_of(
+    events: &mut CallEvents,
+    frames: usize,
+    is_new: impl Fn(&TrackSid) -> bool,
+) -> Arc<IncomingTrack> {
+    let (mut heard, mut last) = (0, None);
+    while heard < frames {
+        let frame = |e: &CallEvent| matches!(e, CallEvent::Frame { from, .. } if is_new(&from.track.sid));
+        let CallEvent::Frame { from, .. } = event(events, "the echo", LIMIT, frame).await else {
+            unreachable!("only frames pass")
+        };
+        (heard, last) = (heard + 1, Some(from));
+    }
+    last.expect("at least one frame")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -70,7 +70,7 @@ pub(crate) async fn create_call_room(creator: &Session) -> OwnedRoomId {
     request.power_level_content_override =
         Some(Raw::<RoomPowerLevelsEventContent>::from_json_string(levels).unwrap().cast_unchecked());
     let id = creator.client().create_room(request).await.unwrap().room_id().to_owned();
-    antiphon_examples::enter(creator, (&*id).into()).await.unwrap();
+    creator.enter_room((&*id).into()).await.unwrap();
     id
 }
 

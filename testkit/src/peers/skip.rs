@@ -27,6 +27,8 @@ pub enum Peer {
     Caddy,
     /// The program that checks systemd's units.
     SystemdAnalyze,
+    /// The bot of `examples/embed`, which is outside the workspace. Its path is in `ANTIPHON_EMBED_BOT`.
+    EmbedBot,
     /// A network namespace with nothing but `lo`.
     LoopbackOnly,
 }
@@ -54,6 +56,12 @@ impl Peer {
             Self::Nginx => (on_path("nginx"), "nginx", apt("nginx-light")),
             Self::Caddy => (on_path("caddy"), "Caddy", apt("caddy")),
             Self::SystemdAnalyze => (on_path("systemd-analyze"), "systemd-analyze", apt("systemd")),
+            Self::EmbedBot => (
+                std::env::var_os("ANTIPHON_EMBED_BOT").map(PathBuf::from).filter(|path| path.is_file()),
+                "the bot of examples/embed",
+                "./testkit/verify.sh, which builds it; or build it and name its path in ANTIPHON_EMBED_BOT"
+                    .to_owned(),
+            ),
             Self::LoopbackOnly => (
                 namespace::only_loopback().then(|| PathBuf::from("/proc/self/net/dev")),
                 "a network namespace with nothing but loopback",

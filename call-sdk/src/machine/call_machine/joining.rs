@@ -253,6 +253,7 @@ impl CallMachine {
         if self.config.observe {
             return;
         }
+        self.own.handle(now, own::Input::LeftBehind(self.left_behind(view)));
         self.own_event_id = self.own.event_id().map(ToOwned::to_owned);
         if let Some(input) = self.own.sighting(&view.members, self.roster.members()) {
             if matches!(input, own::Input::OwnSeen(own::OwnSighting::Listed { .. })) {
@@ -263,6 +264,16 @@ impl CallMachine {
         if self.roster.slot_status() == SlotStatus::Closed && self.own.status() == own::Status::Connected {
             self.own.handle(now, own::Input::SlotClosed);
         }
+    }
+
+    /// The content under our state key.
+    fn left_behind(&self, view: &RoomView) -> Option<serde_json::Value> {
+        let Device { user_id, device_id } = &self.config.device;
+        let key = wire::state_key(user_id, device_id, &self.slot, &self.room.version);
+        let event = view.members.iter().find(|event| {
+            event.form == MembershipForm::State && event.state_key.as_deref() == Some(key.as_str())
+        });
+        event.map(|event| event.content.clone())
     }
 
     /// The first one in a call invites the others, once.

@@ -94,6 +94,8 @@ pub(crate) struct OwnMembership {
     key_written: Option<Instant>,
     /// Our latest membership events.
     event_ids: VecDeque<OwnedEventId>,
+    /// State form: what stood under our state key before we wrote there.
+    left_behind: Option<serde_json::Value>,
     /// Rejoins since our membership was last seen.
     unseen_rejoins: u32,
     /// Rejoins since a delayed leave was last restarted.
@@ -131,6 +133,7 @@ impl OwnMembership {
             sticky: None,
             key_written: None,
             event_ids: VecDeque::new(),
+            left_behind: None,
             unseen_rejoins: 0,
             lost_rejoins: 0,
         }
@@ -156,6 +159,11 @@ impl OwnMembership {
                 }
             }
             Input::OwnSeen(sighting) => self.seen(now, &sighting),
+            Input::LeftBehind(content) => {
+                if !self.maybe_published {
+                    self.left_behind = content;
+                }
+            }
             Input::Support(support) => self.scheduling.learn(support),
             Input::OfferDelegation => self.offer_delegation(),
             Input::Renew => self.renew(now),

@@ -24,9 +24,9 @@ use ruma_common::{OwnedDeviceId, OwnedUserId};
 
 pub(crate) use read::{Ignored, Rejected, read, sticky_key};
 pub use write::MembershipMode;
-pub(crate) use write::{LeaveCode, OwnDescription, leave, membership};
 #[cfg(test)]
-pub(crate) use write::{STICKY_DURATION, state_key};
+pub(crate) use write::STICKY_DURATION;
+pub(crate) use write::{LeaveCode, OwnDescription, leave, membership, state_key};
 
 use crate::{
     member::{MemberId, MembershipForm, ParticipantIdentity, Slot},

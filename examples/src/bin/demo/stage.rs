@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use antiphon_call_sdk::{LiveKitFocus, Session, SessionOptions};
-use antiphon_examples::enter;
 use antiphon_focus::{Config, Focus, FocusHandle};
 use antiphon_testkit::homeserver::{DevHomeserver, Options as HomeserverOptions};
 use anyhow::{Context as _, Result, bail};
@@ -75,7 +74,7 @@ impl Stage {
         let room_id = create_room(&sessions).await?;
         let mut rooms = Vec::new();
         for session in &sessions {
-            rooms.push(enter(session, (&*room_id).into()).await?);
+            rooms.push(session.enter_room((&*room_id).into()).await?);
         }
         for (session, room) in sessions.iter().zip(&rooms) {
             wait_for_members(session, room, sessions.len()).await?;

@@ -45,6 +45,9 @@ pub(crate) enum Input {
     SetIntent(Option<String>),
     /// A sync was processed: what the room shows of us. To be given after every sync, not while syncing fails.
     OwnSeen(OwnSighting),
+    /// State form: the content under our state key. To be given before joining: a process of this device that died may
+    /// have left its membership there. Ignored once we may have written there ourselves.
+    LeftBehind(Option<serde_json::Value>),
     /// What the homeserver supports, if the caller has read it. Without it the machine reads it on joining.
     Support(ServerSupport),
     /// We are on the SFU of our focus, and its service may take our delayed leave: [`Output::Delegate`] is possible. To

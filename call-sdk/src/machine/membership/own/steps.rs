@@ -17,6 +17,8 @@ const REPLY_SLACK: Duration = Duration::from_secs(1);
 /// Least time between two events of one sticky key: of two with the same expiry the greater event id would win
 /// (MSC4354).
 const KEY_SPACING: Duration = Duration::from_millis(1);
+/// By how much an event that would repeat the present one expires later.
+const REPEATED: Duration = Duration::from_secs(1);
 /// How often a rejoin tries to find a form of scheduling before it does without a delayed leave.
 const MAX_UNPROVEN_TRIES: u32 = 5;
 /// Shortest stickiness that events should have (MSC4354).
@@ -291,12 +293,17 @@ impl OwnMembership {
         });
         let least = self.lasting();
         let expires = multiple_of(least, age.saturating_add(least));
-        let write = wire::membership(&own, expires, created);
+        let mut write = wire::membership(&own, expires, created);
         let kind = match &self.phase {
             Phase::Joined(Joined { renewed: Some(renewed), .. }) => PublicationKind::Renewed(*renewed),
             Phase::Joined(_) => PublicationKind::Update { refresh },
             _ => PublicationKind::First,
         };
+        // A homeserver drops a state event that repeats the present one. Then the others would not see that this
+        // device is new in the call, and would not send it their keys.
+        if self.left_behind.as_ref() == Some(&write.content) {
+            write = wire::membership(&own, expires.saturating_add(REPEATED), created);
+        }
         Some((
             self.with_duration(write, self.has_leave()),
             Publication { kind, own, was_published: self.maybe_published },

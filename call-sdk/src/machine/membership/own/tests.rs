@@ -415,6 +415,21 @@ fn e33_join_schedules_publishes_and_restarts() {
 }
 
 #[test]
+fn join_over_a_membership_left_behind_differs_from_it() {
+    let left = wire::membership(&alice(), ms(4 * HOUR), None).content;
+    let published = |left: Option<Value>| {
+        let mut call = Call::new(js());
+        call.input(Input::LeftBehind(left));
+        call.input(Input::Join(alice()));
+        call.run(0, obliging);
+        call.puts().remove(0).1
+    };
+    assert_ne!(published(Some(left.clone())), left, "the homeserver would drop it");
+    assert_eq!(published(Some(json!({}))), left);
+    assert_eq!(published(None), left);
+}
+
+#[test]
 fn e36_leave_cancelled_by_write_is_scheduled_again() {
     for gone in [|| error(RequestError::NotFound), || error(RequestError::AlreadyFinal)] {
         let mut call = Call::joining(js(), alice());
