@@ -44,6 +44,7 @@ use self::{
     codecs::{ALL_CODECS, kind, parameters},
     feedback::Feedback,
     handler::Handler,
+    sockets::Sockets,
     uplink::Uplink,
 };
 pub(in crate::transport) use self::{
@@ -64,6 +65,8 @@ mod feedback;
 mod handler;
 mod incoming;
 mod outgoing;
+mod repeats;
+mod sockets;
 mod uplink;
 
 #[cfg(test)]
@@ -159,6 +162,7 @@ impl Peer {
             .with_media_engine(media_engine)
             .with_interceptor_registry(registry)
             .with_setting_engine(settings)
+            .with_runtime(Arc::new(Sockets::default()))
             .with_handler(Arc::new(Handler { tag, events, shared: Arc::clone(&shared) }))
             .with_udp_addrs(addresses.to_vec())
             // Where UDP is blocked, SFUs are reached by TCP (RFC 6544).
