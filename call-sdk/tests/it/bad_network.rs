@@ -2,17 +2,23 @@
 //! when the focus, a member's network or a member's process was away.
 #![allow(clippy::disallowed_methods, reason = "a test is a shell: it starts the tasks that send")]
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+    process::Stdio,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use antiphon_call_sdk::{
     Call, CallEvents, CallOptions, ConnectFailure, Connected, Connector, EncodedFrame, LiveKitConnector,
-    LiveKitFocus, Member, Session, TrackSpec, TrustPolicy,
+    LiveKitFocus, Member, Session, TrackSid, TrackSpec, TrackSummary, TrustPolicy,
     foci::SfuAccess,
     machine::AccessWanted,
     matrix::{DelayId, MatrixPort, RequestError, ServerSupport},
     transport::{NamedBy, livekit::Bind},
 };
-use antiphon_focus::{Config, Focus, FocusHandle};
+use antiphon_focus::{Config, Focus};
 use antiphon_testkit::{
     homeserver::{DevHomeserver, Options},
     peers::{Peer, ports},
@@ -21,7 +27,7 @@ use antiphon_testkit::{
 use async_trait::async_trait;
 use matrix_sdk::ruma::OwnedRoomId;
 use serde_json::json;
-use tokio::task::JoinSet;
+use tokio::{net::TcpStream, process::Child, task::JoinSet};
 
 use crate::{
     network::{Impairment, TcpRelay, UdpRelay},
@@ -29,16 +35,82 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Ten members decrypt ninety tracks on two cores, so each sends few frames.
-const FRAME_EVERY: Duration = Duration::from_millis(100);
+/// The longest Opus frame (RFC 6716 §2.1.4), as ten members decrypt ninety tracks on two cores in a debug build.
+const FRAME_EVERY: Duration = Duration::from_millis(60);
 const PERFECT: Impairment = Impairment { loss_percent: 0, jitter: Duration::ZERO };
+/// In each direction, so that a frame between two members passes it twice.
+const BAD: Impairment = Impairment { loss_percent: 5, jitter: Duration::from_millis(80) };
 /// More than the frames that are on their way when something breaks.
 const ENOUGH: u64 = 10;
+/// Every member must hear every other one in each such stretch of time.
+const WINDOW: Duration = Duration::from_secs(5);
+const WINDOWS: usize = 2;
+/// How soon everybody must hear everybody again after the focus was restarted.
+const RETURN_WITHIN: Duration = Duration::from_secs(30);
+
+const FOCUS: &str = "ANTIPHON_TEST_FOCUS";
+
+/// The process of a [`FocusProcess`].
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "only the process of a focus"]
+async fn focus_process() {
+    let Ok(addresses) = std::env::var(FOCUS) else { return };
+    let mut addresses = addresses.split(' ').map(|address| address.parse().unwrap());
+    let mut config = Config::dev();
+    // As in a deployment: the authorisation service makes the rooms.
+    config.auto_create = false;
+    config.http_bind = addresses.next().unwrap();
+    config.udp_bind = addresses.next().unwrap();
+    config.advertised = addresses.collect();
+    let _focus = Focus::start(config).await.unwrap();
+    std::future::pending::<()>().await;
+}
+
+/// A focus in a process of its own, which can be killed, and started again on the same ports.
+struct FocusProcess {
+    http: SocketAddr,
+    udp: SocketAddr,
+    advertised: SocketAddr,
+    child: Child,
+}
+
+impl FocusProcess {
+    async fn start(udp: SocketAddr, advertised: SocketAddr) -> Self {
+        let http = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
+        let mut focus = Self { http, udp, advertised, child: Self::spawn(http, udp, advertised) };
+        focus.ready().await;
+        focus
+    }
+
+    fn spawn(http: SocketAddr, udp: SocketAddr, advertised: SocketAddr) -> Child {
+        tokio::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "bad_network::focus_process", "--ignored", "--nocapture"])
+            .env(FOCUS, format!("{http} {udp} {advertised}"))
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap()
+    }
+
+    async fn ready(&mut self) {
+        until("focus up", LIMIT, async || TcpStream::connect(self.http).await.is_ok()).await;
+    }
+
+    /// Ends the process at once, so that nobody is told.
+    async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    async fn restart(&mut self) {
+        self.child = Self::spawn(self.http, self.udp, self.advertised);
+        self.ready().await;
+    }
+}
 
 /// A homeserver, and a focus behind a relay.
 struct Place {
     homeserver: DevHomeserver,
-    focus: Option<FocusHandle>,
+    focus: FocusProcess,
     relay: UdpRelay,
 }
 
@@ -46,15 +118,32 @@ impl Place {
     async fn new(impairment: Impairment) -> Self {
         let udp = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
         let relay = UdpRelay::start(udp, impairment).await;
-        let mut config = Config::dev();
-        config.http_bind.set_port(ports::free().unwrap());
-        config.udp_bind = udp;
-        config.advertised = vec![relay.address()];
-        let focus = Focus::start(config).await.unwrap();
+        let focus = FocusProcess::start(udp, relay.address()).await;
         let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
-        let service = focus.jwt_url().unwrap();
+        let service = format!("http://{}/livekit/jwt", focus.http);
         homeserver.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service })]);
-        Self { homeserver, focus: Some(focus), relay }
+        Self { homeserver, focus, relay }
+    }
+
+    /// A call with so many speakers.
+    async fn call_of(&self, members: usize) -> Vec<Speaker> {
+        let mut speakers = Vec::new();
+        let mut room: Option<OwnedRoomId> = None;
+        for number in 0..members {
+            let user = format!("member{number}");
+            self.homeserver.register_user(&user, "pw").unwrap();
+            let (session, store) = log_in(self.homeserver.url(), &user).await;
+            let room = match &room {
+                Some(room) => {
+                    enter(&session, room, &[]).await;
+                    room
+                }
+                None => room.insert(create_call_room(&session).await),
+            };
+            let (call, events) = session.join_call(room, CallOptions::default()).await.unwrap();
+            speakers.push(Speaker::of(call, events, session, store).await);
+        }
+        speakers
     }
 }
 
@@ -78,7 +167,7 @@ impl Speaker {
             loop {
                 let timestamp = ticks.tick().await - start;
                 // A frame before our first key exists is dropped.
-                let _ = track.write(&EncodedFrame { payload: vec![0x78; 40].into(), timestamp });
+                let _ = track.write(&EncodedFrame { payload: vec![0x78; 80].into(), timestamp });
             }
         });
         Self { call, _tasks: tasks, session, _store: store }
@@ -88,40 +177,101 @@ impl Speaker {
         self.session.client().user_id().unwrap().to_string()
     }
 
+    fn tracks_of(&self, user: &str) -> impl Iterator<Item = TrackSummary> {
+        self.call.tracks().into_iter().filter(move |track| track.from.member.user_id == user)
+    }
+
     /// How many frames of `user` opened so far.
     fn opened(&self, user: &str) -> u64 {
-        let tracks = self.call.tracks();
-        tracks.iter().filter(|track| track.from.member.user_id == user).map(|track| track.stats.opened).sum()
+        self.tracks_of(user).map(|track| track.stats.opened).sum()
     }
 }
 
-/// Awaits that everybody opens new frames of everybody else.
-async fn all_hear_all(speakers: &[Speaker]) {
-    let users: Vec<String> = speakers.iter().map(Speaker::user).collect();
-    let mut pairs = Vec::new();
-    for listener in speakers {
-        for user in users.iter().filter(|user| **user != listener.user()) {
-            pairs.push((listener, user, listener.opened(user)));
+/// What every member hears of every other one, compared with an earlier time.
+struct Pairs<'a> {
+    speakers: &'a [Speaker],
+    users: Vec<String>,
+    /// Frames that opened and that did not, by listener and track.
+    before: HashMap<(usize, TrackSid), (u64, u64)>,
+}
+
+impl<'a> Pairs<'a> {
+    fn of(speakers: &'a [Speaker]) -> Self {
+        let mut pairs =
+            Self { speakers, users: speakers.iter().map(Speaker::user).collect(), before: HashMap::new() };
+        pairs.begin();
+        pairs
+    }
+
+    /// Compares with now from now on.
+    fn begin(&mut self) {
+        self.before.clear();
+        for (listener, speaker) in self.speakers.iter().enumerate() {
+            for track in speaker.call.tracks() {
+                let counts = (track.stats.opened, track.stats.missing_key + track.stats.refused);
+                self.before.insert((listener, track.from.track.sid.clone()), counts);
+            }
         }
     }
-    let mut all = || {
-        // A track that was published anew counts from zero.
-        pairs.retain(|(listener, user, before)| {
-            let opened = listener.opened(user);
-            if opened < *before { opened < ENOUGH } else { opened - before < ENOUGH }
-        });
-        pairs.is_empty()
-    };
-    let waiting = async {
-        while !all() {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+
+    /// By listener and speaker, the frames that opened since [`Self::begin`], and those that did not.
+    fn heard(&self) -> impl Iterator<Item = (usize, usize, u64, u64)> {
+        let pair = |listener: usize, speaker: usize| {
+            let mut heard = (listener, speaker, 0, 0);
+            for track in self.speakers[listener].tracks_of(&self.users[speaker]) {
+                // A track that was published anew counts from zero.
+                let before = self.before.get(&(listener, track.from.track.sid.clone())).copied();
+                let (opened, refused) = before.unwrap_or_default();
+                heard.2 += track.stats.opened - opened;
+                heard.3 += track.stats.missing_key + track.stats.refused - refused;
+            }
+            heard
+        };
+        let count = self.speakers.len();
+        (0..count)
+            .flat_map(move |listener| (0..count).map(move |speaker| (listener, speaker)))
+            .filter(|(listener, speaker)| listener != speaker)
+            .map(move |(listener, speaker)| pair(listener, speaker))
+    }
+
+    /// Awaits that everybody hears everybody anew.
+    async fn until_heard(&mut self, limit: Duration, when: &str) {
+        self.begin();
+        let begin = Instant::now();
+        let waiting = async {
+            while self.heard().any(|(.., opened, _)| opened < ENOUGH) {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        if tokio::time::timeout(limit, waiting).await.is_err() {
+            self.fail(&format!("not heard within {limit:?} {when}")).await;
         }
-    };
-    if tokio::time::timeout(LIMIT, waiting).await.is_err() {
+        println!("everybody hears everybody {when} after {:?}", begin.elapsed());
+    }
+
+    /// Asserts that everybody hears everybody in each of [`WINDOWS`], and that every frame opens.
+    async fn hear_in_every_window(&mut self, when: &str) {
+        for window in 1..=WINDOWS {
+            self.begin();
+            tokio::time::sleep(WINDOW).await;
+            let heard: Vec<_> = self.heard().collect();
+            let least = heard.iter().map(|(.., opened, _)| *opened).min().unwrap();
+            let refused: u64 = heard.iter().map(|(.., refused)| refused).sum();
+            println!("window {window} {when}: at least {least} frames of each, {refused} did not open");
+            if least == 0 || refused > 0 {
+                self.fail(&format!("not all heard in window {window} {when}")).await;
+            }
+        }
+    }
+
+    async fn fail(&self, what: &str) -> ! {
         let deaf: Vec<_> =
-            pairs.iter().map(|(listener, user, _)| (listener.user(), (*user).clone())).collect();
-        let report = pairs[0].0.call.report().await;
-        panic!("not heard within {LIMIT:?}: {deaf:?}; {report:#?}");
+            self.heard().filter(|(.., opened, refused)| *opened < ENOUGH || *refused > 0).collect();
+        let mut reports = Vec::new();
+        for listener in deaf.iter().map(|(listener, ..)| *listener).collect::<BTreeSet<_>>() {
+            reports.push((listener, self.speakers[listener].call.report().await));
+        }
+        panic!("{what}; listener, speaker, frames opened, not opened: {deaf:?}; {reports:#?}");
     }
 }
 
@@ -167,6 +317,24 @@ impl Connector for Rewired {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn ten_members_decrypt_over_bad_network_and_after_focus_was_killed() {
+    require!(Peer::LoopbackOnly);
+    let _turn = turn().await;
+    let mut place = Place::new(BAD).await;
+    let speakers = place.call_of(10).await;
+    let mut pairs = Pairs::of(&speakers);
+    pairs.until_heard(LIMIT, "at first").await;
+    pairs.hear_in_every_window("over the bad network").await;
+
+    place.focus.kill().await;
+    // Until the members notice.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    place.focus.restart().await;
+    pairs.until_heard(RETURN_WITHIN, "after the restart").await;
+    pairs.hear_in_every_window("after the restart").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn member_whose_network_was_away_returns() {
     require!(Peer::LoopbackOnly);
     let _turn = turn().await;
@@ -187,7 +355,7 @@ async fn member_whose_network_was_away_returns() {
 
     // Everything of bob's goes through relays.
     let to_homeserver = TcpRelay::start(place.homeserver.address()).await;
-    let to_focus = TcpRelay::start(place.focus.as_ref().unwrap().http_addr()).await;
+    let to_focus = TcpRelay::start(place.focus.http).await;
     let bobs_address = SocketAddr::from(([127, 0, 0, 2], 0));
     let (session, store) = log_in(&format!("http://127.0.0.1:{}", to_homeserver.port()), "bob").await;
     enter(&session, &room, &[]).await;
@@ -201,7 +369,8 @@ async fn member_whose_network_was_away_returns() {
     let (call, events) = Call::join_through(Arc::new(port), Arc::new(connector), options).await.unwrap();
     let bob = Speaker::of(call, events, session, store).await;
     let speakers = [alice, bob];
-    all_hear_all(&speakers).await;
+    let mut pairs = Pairs::of(&speakers);
+    pairs.until_heard(LIMIT, "at first").await;
 
     let set_dark = |dark| {
         to_homeserver.cut(dark);
@@ -213,7 +382,7 @@ async fn member_whose_network_was_away_returns() {
     until("bob gone", LIMIT, async || speakers[0].call.members().is_empty()).await;
     set_dark(false);
     until("bob back", LIMIT, async || speakers[0].call.members().len() == 1).await;
-    all_hear_all(&speakers).await;
+    pairs.until_heard(LIMIT, "again").await;
 }
 
 const CHILD: &str = "ANTIPHON_TEST_CHILD";

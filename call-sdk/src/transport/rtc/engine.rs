@@ -45,6 +45,7 @@ use self::{
     codecs::{ALL_CODECS, kind, parameters},
     feedback::Feedback,
     handler::Handler,
+    sockets::Sockets,
     uplink::Uplink,
 };
 pub(in crate::transport) use self::{
@@ -65,6 +66,8 @@ mod feedback;
 mod handler;
 mod incoming;
 mod outgoing;
+mod repeats;
+mod sockets;
 mod uplink;
 
 #[cfg(test)]
@@ -165,6 +168,7 @@ impl Peer {
             .with_media_engine(media_engine)
             .with_interceptor_registry(registry)
             .with_setting_engine(settings)
+            .with_runtime(Arc::new(Sockets::default()))
             .with_handler(Arc::new(Handler { tag, events, shared: Arc::clone(&shared) }))
             .with_udp_addrs(addresses.clone())
             // Where UDP is blocked, SFUs are reached by TCP (RFC 6544).

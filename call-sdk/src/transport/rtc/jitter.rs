@@ -14,6 +14,8 @@ use crate::media::Codec;
 const WINDOW_PACKETS: usize = 2048;
 /// How many bytes of payload may wait in the window.
 const WINDOW_BYTES: usize = 4 << 20;
+/// Given up packets that are remembered.
+const GIVEN_UP: usize = 64;
 /// So many packets in a row from before the window mean that the sender started over.
 const RESTART_AFTER: u32 = 64;
 
@@ -51,7 +53,7 @@ pub struct AssembledFrame {
 #[derive(Debug)]
 pub struct Reassembler {
     codec: Codec,
-    patience: Duration,
+    patience: Patience,
     /// Sequence number of the front of the window, once there was a packet.
     front: Option<u16>,
     /// The packets from `front` on, `None` where one is missing. The last is never missing.
@@ -97,6 +99,46 @@ enum Before {
     Part(u32),
 }
 
+/// How long to wait for a missing packet.
+#[derive(Debug)]
+struct Patience {
+    wait: Duration,
+    least: Duration,
+    most: Duration,
+    /// Packets that were given up and when, oldest first.
+    given_up: VecDeque<(u16, Instant)>,
+}
+
+impl Patience {
+    /// Video waits for two rounds of NACK and retransmission. Audio waits only for reordering, and no longer than the
+    /// network makes necessary: a wait delays the sound.
+    fn of(codec: Codec) -> Self {
+        let (least, most) = if codec.is_audio() { (40, 160) } else { (350, 350) };
+        let least = Duration::from_millis(least);
+        Self { wait: least, least, most: Duration::from_millis(most), given_up: VecDeque::new() }
+    }
+
+    /// A packet was waited for in vain: the next wait is a little shorter.
+    fn gave_up(&mut self, now: Instant, sequence: u16) {
+        self.wait -= self.wait.saturating_sub(self.least) / 32;
+        if self.given_up.len() >= GIVEN_UP {
+            self.given_up.pop_front();
+        }
+        self.given_up.push_back((sequence, now));
+    }
+
+    /// A packet from before the window came: had we waited longer, it would have been in time.
+    fn came_late(&mut self, now: Instant, sequence: u16) {
+        let Some(index) = self.given_up.iter().position(|(given_up, _)| *given_up == sequence) else {
+            return;
+        };
+        if let Some((_, at)) = self.given_up.remove(index) {
+            let longer = self.wait + now.saturating_duration_since(at);
+            self.wait = longer.min(self.most).max(self.wait);
+        }
+    }
+}
+
 /// How far the window has got.
 enum Progress {
     /// So many packets at the front are a frame.
@@ -113,9 +155,7 @@ impl Reassembler {
     pub fn new(codec: Codec) -> Self {
         Self {
             codec,
-            // Video waits for two rounds of NACK and retransmission; audio only for reordering, as a sound that
-            // comes too late cannot be played.
-            patience: Duration::from_millis(if codec.is_audio() { 40 } else { 350 }),
+            patience: Patience::of(codec),
             front: None,
             window: VecDeque::with_capacity(64),
             size: 0,
@@ -132,6 +172,7 @@ impl Reassembler {
         let front = *self.front.get_or_insert(sequence);
         let mut position = usize::from(sequence.wrapping_sub(front));
         if position >= 0x8000 {
+            self.patience.came_late(now, sequence);
             self.late_in_a_row += 1;
             if self.late_in_a_row < RESTART_AFTER {
                 return;
@@ -173,7 +214,9 @@ impl Reassembler {
                         return Some(assembled);
                     }
                 }
-                Progress::Gap if self.deadline().is_none_or(|deadline| now >= deadline) => self.give_up_gap(),
+                Progress::Gap if self.deadline().is_none_or(|deadline| now >= deadline) => {
+                    self.give_up_gap(now);
+                }
                 Progress::Gap | Progress::Incomplete => return None,
             }
         }
@@ -181,14 +224,15 @@ impl Reassembler {
 
     /// When to call [`Self::next_frame`] again although no packet came: the gap at hand is then given up.
     ///
-    /// That is a fixed time after the packet behind the gap arrived.
+    /// That is some time after the packet behind the gap arrived: a fixed one for video, while for audio it follows how late
+    /// packets have been.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         let mut rest = self.window.iter().skip(self.scanned);
         if rest.next()?.is_some() {
             return None;
         }
-        Some(rest.flatten().next()?.arrived + self.patience)
+        Some(rest.flatten().next()?.arrived + self.patience.wait)
     }
 
     /// Whether packets or frames were given up since the last call; a video decoder then needs a key frame.
@@ -257,10 +301,13 @@ impl Reassembler {
     }
 
     /// Drops the frame at hand and moves on to the packet behind the gap.
-    fn give_up_gap(&mut self) {
+    fn give_up_gap(&mut self, now: Instant) {
         self.lost = true;
         (0..self.scanned).for_each(|_| self.pop());
         while matches!(self.window.front(), Some(None)) {
+            if let Some(front) = self.front {
+                self.patience.gave_up(now, front);
+            }
             self.pop();
         }
     }

@@ -287,3 +287,110 @@ async fn data_channels_and_ice_restart_work_between_two_peers() {
     ours.0.close().await;
     theirs.0.close().await;
 }
+
+/// Two peers, of which the first offers data and is the DTLS server, and the second is the client. Their datagrams pass
+/// through `lost`, which is asked about each and whether it comes from the server.
+async fn connects_despite(mut lost: impl FnMut(bool, &[u8]) -> bool) {
+    let ((mut server, mut server_events), (mut client, mut client_events)) = (peer().await, peer().await);
+    let _channel = server.open_channel("data", true).await.unwrap();
+    let bare = |sdp: String| -> String {
+        sdp.split_inclusive('\n').filter(|line| !line.starts_with("a=candidate")).collect()
+    };
+    let answer = client.answer_offer(&bare(server.offer().await.unwrap())).await.unwrap();
+    server.take_answer(&bare(answer)).await.unwrap();
+
+    // One socket towards each.
+    let relay = async || tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (to_server, to_client) = (relay().await, relay().await);
+    let (mut servers, mut clients, mut up) = (None, None, (false, false));
+    let (mut buffer, mut other_buffer) = ([0; 2048], [0; 2048]);
+    let connecting = async {
+        while up != (true, true) {
+            tokio::select! {
+                event = server_events.recv() => match event.unwrap().1 {
+                    PeerEvent::Candidate(candidate) => {
+                        if let Some(candidate) = through(&candidate, &to_client, &mut servers) {
+                            client.add_candidate(&candidate).await;
+                        }
+                    }
+                    PeerEvent::Up => up.0 = true,
+                    _ => {}
+                },
+                event = client_events.recv() => match event.unwrap().1 {
+                    PeerEvent::Candidate(candidate) => {
+                        if let Some(candidate) = through(&candidate, &to_server, &mut clients) {
+                            server.add_candidate(&candidate).await;
+                        }
+                    }
+                    PeerEvent::Up => up.1 = true,
+                    _ => {}
+                },
+                received = to_server.recv(&mut buffer) => {
+                    let datagram = &buffer[..received.unwrap()];
+                    if let Some(client) = clients.filter(|_| !lost(true, datagram)) {
+                        to_client.send_to(datagram, client).await.unwrap();
+                    }
+                }
+                received = to_client.recv(&mut other_buffer) => {
+                    let datagram = &other_buffer[..received.unwrap()];
+                    if let Some(server) = servers.filter(|_| !lost(false, datagram)) {
+                        to_server.send_to(datagram, server).await.unwrap();
+                    }
+                }
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(9), connecting).await.expect("the handshake does not end");
+    server.close().await;
+    client.close().await;
+}
+
+/// A UDP candidate with the relay's address in place of its own, which is noted.
+fn through(candidate: &str, relay: &tokio::net::UdpSocket, own: &mut Option<SocketAddr>) -> Option<String> {
+    let mut candidate: RTCIceCandidateInit = serde_json::from_str(candidate).unwrap();
+    let noted = Noted::of(&candidate.candidate).filter(|noted| !noted.tcp)?;
+    let port = relay.local_addr().unwrap().port();
+    candidate.candidate =
+        candidate.candidate.replace(&format!(" {} ", noted.address.port()), &format!(" {port} "));
+    *own = Some(noted.address);
+    Some(serde_json::to_string(&candidate).unwrap())
+}
+
+/// Whether a datagram begins with a handshake message of this kind, in plain text.
+fn begins_with(datagram: &[u8], kind: u8) -> bool {
+    datagram.first() == Some(&22) && datagram.get(13) == Some(&kind)
+}
+
+const CLIENT_HELLO: u8 = 1;
+const SERVER_HELLO: u8 = 2;
+const CERTIFICATE: u8 = 11;
+
+#[tokio::test]
+async fn lost_flight_of_the_dtls_client_is_sent_again() {
+    let (mut losses, mut hellos) = (0, 0);
+    // The client's flight is lost until the server has repeated its own.
+    connects_despite(|from_server, datagram| {
+        hellos += u32::from(from_server && begins_with(datagram, SERVER_HELLO));
+        let lost = !from_server && begins_with(datagram, CERTIFICATE) && hellos < 2;
+        losses += u32::from(lost);
+        lost
+    })
+    .await;
+    assert!(losses > 0 && hellos > 1);
+}
+
+#[tokio::test]
+async fn lost_flight_of_the_dtls_server_is_sent_again() {
+    let (mut losses, mut hellos) = (0, 0);
+    // The server's flight is lost until the client has repeated its second ClientHello.
+    connects_despite(|from_server, datagram| {
+        let second =
+            !from_server && begins_with(datagram, CLIENT_HELLO) && datagram.get(17..19) == Some(&[0, 1]);
+        hellos += u32::from(second);
+        let lost = from_server && begins_with(datagram, SERVER_HELLO) && hellos < 2;
+        losses += u32::from(lost);
+        lost
+    })
+    .await;
+    assert!(losses > 0 && hellos > 1);
+}

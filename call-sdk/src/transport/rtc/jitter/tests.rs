@@ -79,6 +79,35 @@ fn second_gap_does_not_wait_for_the_first() {
 }
 
 #[test]
+fn audio_waits_longer_while_packets_come_late() {
+    let begin = Instant::now();
+    let after = |millis| begin + Duration::from_millis(millis);
+    let mut back = Reassembler::new(Codec::Opus);
+    back.push(after(0), opus(0));
+    back.push(after(20), opus(2));
+    assert_eq!(drain(&mut back, after(59)).len(), 1);
+    assert_eq!(drain(&mut back, after(60)).len(), 1, "the gap is given up");
+    back.push(after(100), opus(1));
+    back.push(after(100), opus(4));
+    assert_eq!(back.deadline(), Some(after(180)), "a wait of 80 ms would have been enough");
+    drain(&mut back, after(180));
+    back.push(after(900), opus(3));
+    back.push(after(1000), opus(6));
+    assert_eq!(back.deadline(), Some(after(1160)), "no sound is worth a longer wait");
+
+    let mut now = after(1160);
+    for sequence in (8..400).step_by(2) {
+        drain(&mut back, now);
+        back.push(now, opus(sequence));
+        now = back.deadline().unwrap();
+    }
+    back.push(now, opus(500));
+    drain(&mut back, now);
+    let wait = back.deadline().unwrap() - now;
+    assert!(wait < Duration::from_millis(45), "after losses only, {wait:?}");
+}
+
+#[test]
 fn frame_without_marker_ends_where_the_next_begins() {
     let now = Instant::now();
     for codec in [Codec::Vp8, Codec::Vp9, Codec::H264, Codec::H265, Codec::Av1] {
