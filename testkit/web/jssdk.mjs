@@ -35,15 +35,17 @@ const commands = {
   join: ({ service_url, sticky, delay_ms }) => {
     const [userId, deviceId] = [client.getUserId(), client.getDeviceId()];
     session = client.matrixRTC.getRoomSession(client.getRoom(roomId));
-    session.on("encryption_key_changed", (key, index, member, backendIdentity) =>
-      keys.set(`${backendIdentity}#${index}`, {
+    session.on("encryption_key_changed", (key, index, member, backendIdentity) => {
+      const name = `${backendIdentity}#${index}`;
+      keys.delete(name); // so that it becomes the last one
+      keys.set(name, {
         user_id: member.userId,
         device_id: member.deviceId,
         backend_identity: backendIdentity,
         index,
         key: Buffer.from(key).toString("base64"),
-      }),
-    );
+      });
+    });
     session.on("membership_manager_error", (error) => errors.push(String(error)));
     const transport = { type: "livekit", livekit_service_url: service_url, ...(!sticky && { livekit_alias: roomId }) };
     session.joinRTCSession(
@@ -65,6 +67,7 @@ const commands = {
       backend_identity: member.rtcBackendIdentity,
     })),
     keys: [...keys.values()],
+    syncing: client.getSyncState() === "SYNCING",
     errors,
   }),
   forget_keys: () => (keys.clear(), null),

@@ -26,8 +26,8 @@ use super::{
 use crate::{
     foci::SfuAccess,
     machine::{
-        Attention, CallEvent, CallMachine, CallReport, CallStatus, ConnectFailure, EndReason, IncomingTrack,
-        Input, Output, Sealing, TrackCounters,
+        Attention, CallEvent, CallMachine, CallReport, CallStatus, ConnectFailure, EndReason, Grant,
+        IncomingTrack, Input, Output, Sealing, TrackCounters,
     },
     matrix::{Delivery, MatrixPort, MatrixReply, MatrixUpdate, RequestError},
     media::TrackSpec,
@@ -379,9 +379,9 @@ impl Shell {
             Done::Access(connection, result) => {
                 self.making.remove(&connection);
                 let result = result.map(|access| {
-                    let sfu = access.sfu.clone();
+                    let grant = Grant { sfu: access.sfu.clone(), identity: access.identity.clone() };
                     self.access.insert(connection, access);
-                    sfu
+                    grant
                 });
                 self.input(Input::Granted { connection, result });
             }

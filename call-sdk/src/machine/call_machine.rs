@@ -19,7 +19,7 @@ use super::{
         slots::{self, SlotStatus},
         wire::{self, MembershipMode, OwnDescription},
     },
-    messages::{AccessWanted, CallStatus, Input, Output, RequestId},
+    messages::{AccessWanted, CallStatus, Grant, Input, Output, RequestId},
     notify::{self, Attention, Notice, Notify},
     own_foci::{OwnFoci, Verdict},
     peers::{Peer, PeerChange, PeerTrack, Peers},
@@ -33,7 +33,7 @@ use crate::{
         Delivery, EventWrite, MatrixReply, MatrixRequest, MatrixUpdate, RequestError, RoomView, ServerSupport,
     },
     media::TrackSpec,
-    member::{Device, Member, MemberId, MemberKey, MembershipForm, Slot},
+    member::{Device, Member, MemberId, MemberKey, MembershipForm, ParticipantIdentity, Slot},
     time::Now,
     transport::{
         ConnectionId, DataBody, DataPacket, LiveKitFocus, LocalTrackId, NamedBy, Transport, TransportEvent,
@@ -88,6 +88,8 @@ pub struct CallMachine {
     peers: Peers,
     routing: Routing,
     foci: OwnFoci,
+    /// The latest token of our focus for our present identity.
+    own_grant: Option<Grant>,
     discovering: bool,
     discovered: bool,
     notify: Notify,
@@ -185,6 +187,7 @@ impl CallMachine {
             peers: Peers::new(config.shared_password.then(|| sealing.ring().clone())),
             routing: Routing::default(),
             foci: OwnFoci::default(),
+            own_grant: None,
             discovering: false,
             discovered: false,
             notify: Notify::new(config.device.user_id.clone()),
@@ -272,9 +275,12 @@ impl CallMachine {
             }
             Input::Discovered(result) => self.discovered(now, result),
             Input::Granted { connection, result } => match result {
-                Ok(sfu) => {
+                Ok(grant) => {
                     self.timeline.add(now.instant, Step::Token { connection: connection.to_string() });
-                    self.routing.granted(connection, sfu);
+                    if self.routing.is_ours(connection) {
+                        self.own_granted(now, grant.clone());
+                    }
+                    self.routing.granted(connection, grant.sfu);
                     self.join_when_ready(now);
                 }
                 Err(failure) => self.connection_failed(now, connection, failure),

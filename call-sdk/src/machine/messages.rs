@@ -122,12 +122,12 @@ pub enum Input {
     BatchDone(RequestId),
     /// The outcome of [`Output::Discover`].
     Discovered(Result<Vec<(LiveKitFocus, NamedBy)>, ConnectFailure>),
-    /// The outcome of [`Output::Access`]: the SFU that the token opens.
+    /// The outcome of [`Output::Access`].
     Granted {
         /// Which connection.
         connection: ConnectionId,
-        /// The SFU, or why there is no token.
-        result: Result<SfuUrl, ConnectFailure>,
+        /// What the token grants, or why there is none.
+        result: Result<Grant, ConnectFailure>,
     },
     /// The outcome of [`Output::Connect`].
     Connected {
@@ -339,6 +339,15 @@ impl AccessWanted {
     pub(crate) fn new(wanted: Wanted, slot: Slot, member_id: MemberId, mode: MembershipMode) -> Self {
         Self { focus: wanted.focus, ours: wanted.ours, named_by: wanted.named_by, slot, member_id, mode }
     }
+}
+
+/// What a token grants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The SFU that it opens.
+    pub sfu: SfuUrl,
+    /// Our identity there.
+    pub identity: ParticipantIdentity,
 }
 
 /// Whether we are in the call.

@@ -241,6 +241,11 @@ impl Routing {
         self.current(connection).is_some()
     }
 
+    /// Whether `connection` is the present one to the deployment that we publish to.
+    pub(crate) fn is_ours(&self, connection: ConnectionId) -> bool {
+        self.current(connection).is_some_and(Route::is_ours)
+    }
+
     /// The connection that is up for a deployment.
     #[cfg(test)]
     pub(crate) fn connection_to(&self, focus: &LiveKitFocus) -> Option<ConnectionId> {

@@ -27,8 +27,10 @@ pub struct JsSdk {
 pub struct JsSdkState {
     /// Who is in the call.
     pub members: Vec<JsSdkMember>,
-    /// The media keys it has, its own among them.
+    /// The media keys it has, its own among them, in the order of arrival. Those of former memberships stay.
     pub keys: Vec<JsSdkKey>,
+    /// Whether its last sync succeeded.
+    pub syncing: bool,
     /// What its membership manager complained about.
     pub errors: Vec<String>,
 }
@@ -156,17 +158,27 @@ impl JsSdk {
 impl JsSdkState {
     /// The key of a device's current membership at `index`.
     pub fn key(&self, user_id: &str, device_id: &str, index: u8) -> Option<Vec<u8>> {
-        let found = self
-            .keys
-            .iter()
-            .find(|key| key.user_id == user_id && key.device_id == device_id && key.index == index)?;
+        let found = self.keys_of(user_id, device_id).find(|key| key.index == index)?;
         STANDARD.decode(&found.key).ok()
     }
 
-    /// The highest key index that it has of a device.
+    /// The index of the newest key of a device's current membership. Not the highest: indices begin anywhere and wrap.
     pub fn newest_index(&self, user_id: &str, device_id: &str) -> Option<u8> {
-        let keys = self.keys.iter().filter(|key| key.user_id == user_id && key.device_id == device_id);
-        keys.map(|key| key.index).max()
+        self.keys_of(user_id, device_id).last().map(|key| key.index)
+    }
+
+    /// The keys of a device's current membership. In the sticky form, a device that joins again has another identity.
+    fn keys_of(&self, user_id: &str, device_id: &str) -> impl Iterator<Item = &JsSdkKey> {
+        let member =
+            self.members.iter().find(|member| member.user_id == user_id && member.device_id == device_id);
+        let identity = member.map(|member| &member.backend_identity);
+        self.keys.iter().filter(move |key| Some(&key.backend_identity) == identity)
+    }
+
+    /// The SFU identity under which it lists this user.
+    pub fn identity(&self, user_id: &str) -> Option<&str> {
+        let member = self.members.iter().find(|member| member.user_id == user_id)?;
+        Some(&member.backend_identity)
     }
 
     /// Whether it lists this user in the call.

@@ -7,16 +7,22 @@ use std::{
     time::Duration,
 };
 
+use serde_json::{Value, json};
+
 use self::script::{Dial, Script, Sfus, focus, lost, user};
 use super::{Call, CallError, CallEvents, CallOptions, WriteError};
 use crate::{
+    foci::Endpoint,
     frame_crypto::OpenError,
     key::{KeyIndex, MediaKey},
-    machine::{CallEvent, CallStatus, ConnectFailureKind, EncryptionPolicy, EndReason, RolloutConfig},
-    matrix::{DelayedAction, MatrixRequest, OwnTrust},
+    machine::{
+        CallEvent, CallStatus, ConnectFailureKind, EncryptionPolicy, EndReason, RolloutConfig,
+        membership::wire::{MembershipMode, STICKY_TYPE},
+    },
+    matrix::{ApiVersion, DelayedAction, MatrixRequest, OwnTrust},
     media::{EncodedFrame, TrackSpec},
     member::ParticipantIdentity,
-    transport::{DisconnectReason, TransportEvent},
+    transport::{DisconnectReason, LiveKitFocus, TransportEvent},
 };
 
 const BOB: &str = "@bob:example.org";
@@ -296,6 +302,94 @@ async fn lost_focus_is_connected_again_with_a_fresh_token_and_tracks_return() {
     assert_eq!((second.published.lock().unwrap().len(), second.sent.lock().unwrap().len()), (1, 1));
     assert_eq!(*call.watch_status().borrow(), CallStatus::Joined);
     assert!(script.is_listed("@alice:example.org"), "we never left");
+}
+
+/// Joins in a sticky form at `own`, with tokens of `issuer`.
+async fn join_sticky(
+    script: &Script,
+    mode: MembershipMode,
+    own: &LiveKitFocus,
+    issuer: Endpoint,
+) -> (Call, CallEvents, Arc<Sfus>) {
+    let sfus = Arc::new(Sfus::default());
+    *sfus.issuer.lock().unwrap() = Some(issuer);
+    let connector = Arc::new(Dial(sfus.clone(), vec![own.clone()]));
+    let options = options().with_mode(mode);
+    let (call, events) = Call::join_through(Arc::new(script.clone()), connector, options).await.unwrap();
+    (call, events, sfus)
+}
+
+/// The contents of our sticky memberships, in the order of writing.
+fn memberships(script: &Script) -> Vec<Value> {
+    let server = script.server.lock().unwrap();
+    let sent = server.requests.iter().filter_map(|request| match request {
+        MatrixRequest::Send(event) if event.event_type == STICKY_TYPE => Some(event.content.clone()),
+        _ => None,
+    });
+    sent.collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn sticky_membership_names_the_sfu_and_the_type_that_fit_the_token() {
+    use MembershipMode::{Matrix2, Matrix2Merged};
+    let homeserver = Endpoint::Homeserver(ApiVersion::Stable);
+    let service_only = focus("own");
+    let both = LiveKitFocus { sfu: Some("wss://own.example".parse().unwrap()), ..focus("own") };
+    for (mode, own, issuer, kind) in [
+        (Matrix2Merged, &both, homeserver, "m.livekit"),
+        (Matrix2Merged, &both, Endpoint::GetToken, "livekit"),
+        (Matrix2Merged, &service_only, Endpoint::GetToken, "livekit"),
+        (Matrix2, &service_only, Endpoint::GetToken, "livekit"),
+        (Matrix2, &both, Endpoint::GetToken, "livekit"),
+    ] {
+        let script = Script::new(true);
+        let (_call, ..) = join_sticky(&script, mode, own, issuer).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let transport = json!({
+            "type": kind, "livekit_service_url": "https://own.example", "url": "wss://own.example",
+        });
+        let written: Vec<_> =
+            memberships(&script).iter().map(|content| content["transports"]["published"].clone()).collect();
+        assert_eq!(written, [json!([transport])], "{mode:?} {own} {issuer}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn sticky_membership_follows_the_issuer_of_a_later_token() {
+    let script = Script::new(true);
+    let own = LiveKitFocus { sfu: Some("wss://own.example".parse().unwrap()), ..focus("own") };
+    let homeserver = Endpoint::Homeserver(ApiVersion::Stable);
+    let (call, mut events, sfus) =
+        join_sticky(&script, MembershipMode::Matrix2Merged, &own, homeserver).await;
+    for issuer in [Endpoint::GetToken, homeserver] {
+        *sfus.issuer.lock().unwrap() = Some(issuer);
+        let gone = DisconnectReason::Removed("gone".to_owned());
+        sfus.room(&own).await.tell(TransportEvent::Disconnected(gone)).await;
+        next(&mut events, |e| matches!(e, CallEvent::FocusFailed { ours: true, .. })).await;
+        next(&mut events, |e| matches!(e, CallEvent::Connected(_))).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let written = memberships(&script);
+    let kinds: Vec<_> =
+        written.iter().map(|content| content["transports"]["published"][0]["type"].clone()).collect();
+    assert_eq!(kinds, ["m.livekit", "livekit", "m.livekit"]);
+    assert!(written.iter().all(|content| content["member"] == written[0]["member"]), "{written:?}");
+    assert_eq!(*call.watch_status().borrow(), CallStatus::Joined);
+}
+
+#[tokio::test(start_paused = true)]
+async fn token_of_another_focus_does_not_publish_our_membership() {
+    let script = Script::new(true);
+    script.join(BOB, "BOB", &focus("other"));
+    let sfus = Arc::new(Sfus::default());
+    *sfus.silent.lock().unwrap() = Some(focus("own"));
+    let connector = Arc::new(Dial(sfus.clone(), vec![focus("own")]));
+    let port = Arc::new(script.clone());
+    let joining = tokio::spawn(async move { Call::join_through(port, connector, options()).await.is_ok() });
+    sfus.room(&focus("other")).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!script.is_listed("@alice:example.org"));
+    joining.abort();
 }
 
 #[tokio::test(start_paused = true)]

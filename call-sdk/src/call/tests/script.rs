@@ -22,7 +22,7 @@ use crate::{
     machine::{
         AccessWanted, ConnectFailure, ConnectFailureKind,
         media_keys::wire::{KeySender, messages},
-        membership::wire::{MembershipMode, OwnDescription, membership},
+        membership::wire::{MembershipMode, OwnDescription, STICKY_TYPE, membership},
         testing,
     },
     matrix::{
@@ -142,20 +142,31 @@ impl Homeserver {
     fn write(&mut self, device: &Device, event: EventWrite) -> ruma_common::OwnedEventId {
         self.events += 1;
         let event_id: ruma_common::OwnedEventId = format!("${}", self.events).try_into().unwrap();
-        let EventTarget::State { key } = event.target else { return event_id };
-        self.view.members.retain(|known| known.state_key.as_ref() != Some(&key));
+        let sent = now().unix;
+        let (form, state_key, sticky_until) = match event.target {
+            EventTarget::State { key } => (MembershipForm::State, Some(key), None),
+            EventTarget::Message { sticky: Some(sticky) } if event.event_type == STICKY_TYPE => {
+                (MembershipForm::Sticky, None, Some(sent.plus(sticky)))
+            }
+            _ => return event_id,
+        };
+        self.view.members.retain(|known| match form {
+            MembershipForm::State => known.state_key != state_key,
+            MembershipForm::Sticky => known.content["sticky_key"] != event.content["sticky_key"],
+        });
         if event.content.as_object().is_some_and(|content| !content.is_empty()) {
+            let is_sticky = form == MembershipForm::Sticky;
             self.view.members.push(MemberEvent {
-                form: MembershipForm::State,
+                form,
                 sender: device.user_id.clone(),
-                sender_device: None,
-                encrypted: false,
-                state_key: Some(key),
+                sender_device: is_sticky.then(|| device.device_id.clone()),
+                encrypted: is_sticky && self.view.encrypted,
+                state_key,
                 event_id: Some(event_id.clone()),
-                origin_server_ts: now().unix,
+                origin_server_ts: sent,
                 content: event.content,
-                sticky_until: None,
-                sticky_rank: UnixMillis(0),
+                sticky_until,
+                sticky_rank: sticky_until.unwrap_or(UnixMillis(0)),
                 redacted_by: None,
             });
         }
@@ -218,7 +229,8 @@ impl MatrixPort for Script {
             }
             MatrixRequest::ReadSupport => {
                 let delayed_events = Some(ApiVersion::Unstable);
-                MatrixReply::Support(ServerSupport { delayed_events, ..ServerSupport::default() })
+                let support = ServerSupport { delayed_events, ..ServerSupport::default() };
+                MatrixReply::Support(ServerSupport { sticky_events: true, ..support })
             }
             MatrixRequest::Schedule(_) => MatrixReply::Scheduled { delay_id: DelayId("delay".to_owned()) },
             MatrixRequest::Send(event) => MatrixReply::Sent { event_id: server.write(&self.device, event) },
@@ -254,6 +266,10 @@ pub(super) struct Sfus {
     pub(super) refuse: Mutex<Option<ConnectFailure>>,
     /// Closing takes for ever.
     pub(super) hangs: Mutex<bool>,
+    /// Who issues the tokens, and so derives our identity. `None`: `/sfu/get`.
+    pub(super) issuer: Mutex<Option<Endpoint>>,
+    /// The focus that never answers a request for a token.
+    pub(super) silent: Mutex<Option<LiveKitFocus>>,
 }
 
 /// One connection, from the SFU's side.
@@ -348,9 +364,22 @@ impl Connector for Dial {
 
     async fn access(
         &self,
-        _port: &dyn MatrixPort,
+        port: &dyn MatrixPort,
         wanted: &AccessWanted,
     ) -> Result<SfuAccess, ConnectFailure> {
+        let is_silent = self.0.silent.lock().unwrap().as_ref() == Some(&wanted.focus);
+        if is_silent {
+            std::future::pending::<()>().await;
+        }
+        let Device { user_id, device_id } = port.device();
+        let issued_by = self.0.issuer.lock().unwrap().unwrap_or(Endpoint::SfuGet);
+        let identity = match issued_by {
+            Endpoint::Homeserver(_) => ParticipantIdentity::of_member(user_id, &wanted.member_id),
+            Endpoint::GetToken => {
+                ParticipantIdentity::of_claimed_device(user_id, device_id, &wanted.member_id)
+            }
+            Endpoint::SfuGet => ParticipantIdentity::of_device(user_id, device_id),
+        };
         let service = wanted.focus.service.as_ref().unwrap().as_str();
         let url = service.replace("https", "wss");
         Ok(SfuAccess {
@@ -364,10 +393,10 @@ impl Connector for Dial {
             sfu: url.parse().unwrap(),
             url,
             jwt: Jwt("token".to_owned()),
-            identity: ParticipantIdentity("us".to_owned()),
+            identity,
             room: None,
             may_publish: true,
-            issued_by: Endpoint::SfuGet,
+            issued_by,
             addresses: AddressRule::Any,
         })
     }

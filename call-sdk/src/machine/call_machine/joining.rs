@@ -320,9 +320,18 @@ impl CallMachine {
         }
     }
 
+    /// Takes in a token of our focus. A membership that is already published follows it.
+    pub(super) fn own_granted(&mut self, now: Now, grant: Grant) {
+        self.own_grant = Some(grant);
+        if let Some(description) = self.describe() {
+            self.own.handle(now, own::Input::SetDescription(description));
+        }
+    }
+
     /// Publishes our membership once our focus has given us a token: before that nobody could hear us.
     pub(super) fn join_when_ready(&mut self, now: Now) {
         if self.phase == Phase::Running
+            && self.own_grant.is_some()
             && self.own.status() == own::Status::Disconnected
             && let Some(description) = self.describe()
         {
@@ -341,6 +350,7 @@ impl CallMachine {
             }
         };
         self.member_id = Some(member_id.clone());
+        self.own_grant = None;
         self.keys.handle(now, KeyInput::Join { member_id });
         self.tell_keys(now);
     }
@@ -350,15 +360,30 @@ impl CallMachine {
         self.keys.handle(now, KeyInput::Members { members, joined: &self.joined_users });
     }
 
+    /// Our membership as it is to be written now.
+    ///
+    /// In the sticky forms the token decides two things. Its SFU is named beside the authorisation service. And without
+    /// an endpoint at the homeserver, the merged mode gets its token from the service, which derives the identity the
+    /// older way; the entry then has to be of the older type, because readers derive the identity from the type.
     pub(super) fn describe(&self) -> Option<OwnDescription> {
+        let member_id = self.member_id.clone()?;
+        let (mut mode, mut focus) = (self.config.mode, self.foci.current()?.clone());
+        if mode.form() == MembershipForm::Sticky
+            && let Some(grant) = &self.own_grant
+        {
+            if grant.identity != ParticipantIdentity::of_member(&self.config.device.user_id, &member_id) {
+                mode = MembershipMode::Matrix2;
+            }
+            focus.sfu.get_or_insert_with(|| grant.sfu.clone());
+        }
         Some(OwnDescription {
             device: self.config.device.clone(),
             room_id: self.config.room_id.clone(),
             room_version: self.room.version.clone(),
             slot: self.slot.clone(),
-            mode: self.config.mode,
-            member_id: self.member_id.clone()?,
-            focus: self.foci.current()?.clone(),
+            mode,
+            member_id,
+            focus,
             intent: self.config.intent.clone(),
         })
     }

@@ -39,6 +39,7 @@ impl CallMachine {
         match self.foci.failed(failure, failures) {
             Verdict::Stay => {}
             Verdict::Moved => {
+                self.own_grant = None;
                 self.want_connections(now);
                 if let Some(focus) = self.foci.current().cloned() {
                     self.own.handle(now, own::Input::SetFocus(focus.clone()));

@@ -402,8 +402,9 @@ impl OwnMembership {
 
     fn move_to(&mut self, focus: LiveKitFocus) {
         let Some(own) = self.wanted_mut().filter(|own| own.focus != focus) else { return };
+        let moved = !own.focus.is_same_as(&focus);
         own.focus = focus;
-        if !matches!(self.phase, Phase::Leaving(_)) {
+        if moved && !matches!(self.phase, Phase::Leaving(_)) {
             self.withdraw_delegation();
         }
     }

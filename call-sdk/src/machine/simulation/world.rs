@@ -17,8 +17,8 @@ use crate::{
     frame_crypto::{FrameDecryptor, FrameEncryptor, KeyRing, Opened},
     key::{KeyIndex, MediaKey},
     machine::{
-        CallEvent, CallMachine, CallStatus, EndReason, Input, MachineConfig, Output, RequestId, Sealing,
-        media_keys::wire, testing,
+        CallEvent, CallMachine, CallStatus, EndReason, Grant, Input, MachineConfig, Output, RequestId,
+        Sealing, media_keys::wire, testing,
     },
     matrix::{
         ApiVersion, DelayId, DelayedAction, Delivery, DeliveryFailure, EventTarget, EventWrite, MatrixReply,
@@ -26,7 +26,7 @@ use crate::{
         ToDeviceBatch, ToDeviceEvent,
     },
     media::Codec,
-    member::{Device, MembershipForm},
+    member::{Device, MembershipForm, ParticipantIdentity},
     time::{Now, UnixMillis},
     transport::NamedBy,
 };
@@ -332,8 +332,10 @@ impl World {
                 self.answer(latency, number, Input::Discovered(Ok(foci)));
             }
             Output::Access { connection, .. } => {
-                let sfu = "wss://sfu.example.org".parse().unwrap();
-                self.answer(latency, number, Input::Granted { connection, result: Ok(sfu) });
+                let Device { user_id, device_id } = &self.clients[number].device;
+                let identity = ParticipantIdentity::of_device(user_id, device_id);
+                let grant = Grant { sfu: "wss://sfu.example.org".parse().unwrap(), identity };
+                self.answer(latency, number, Input::Granted { connection, result: Ok(grant) });
             }
             Output::Connect { connection } => {
                 self.answer(latency, number, Input::Connected { connection, result: Ok(()) });

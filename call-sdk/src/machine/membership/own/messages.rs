@@ -38,8 +38,8 @@ pub(crate) enum Input {
     /// Be described like this from now on. A change of the event form, the slot or the sticky member id leaves the old
     /// membership and joins with the new one; anything else is published as an update. Ignored outside a call.
     SetDescription(OwnDescription),
-    /// Our transport moved. Published with the same creation time; a delegation to the old focus's service is undone,
-    /// and [`Input::OfferDelegation`] starts one with the new focus. Ignored outside a call.
+    /// Our transport moved. Published with the same creation time; a delegation to the service of another
+    /// deployment is undone, and [`Input::OfferDelegation`] starts one with the new focus. Ignored outside a call.
     SetFocus(LiveKitFocus),
     /// The application changes its intent. Ignored outside a call.
     SetIntent(Option<String>),

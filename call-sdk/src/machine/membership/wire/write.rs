@@ -29,7 +29,8 @@ pub enum MembershipMode {
     Compatibility,
     /// A sticky event whose transport has both URLs, for readers of every sticky generation.
     Matrix2,
-    /// A sticky event as merged MSC4143 and MSC4195 have it: `m.livekit`, tokens from the homeserver.
+    /// A sticky event as merged MSC4143 and MSC4195 have it: `m.livekit`, tokens from the homeserver. Where only the
+    /// authorisation service issues tokens, the event is that of [`Self::Matrix2`].
     Matrix2Merged,
     /// A state event with `oldest_membership`: everybody publishes to the focus of the oldest member. For clients of
     /// before 2026.
