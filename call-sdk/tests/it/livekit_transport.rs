@@ -13,7 +13,7 @@ use std::{
     process::Stdio,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -697,15 +697,16 @@ impl Sending {
     }
 
     fn feed(&mut self, outlet: Arc<dyn Outlet>, every: Duration, frame: fn(u32) -> WireFrame) {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
         let clock_rate = if every < Duration::from_millis(30) { 48_000.0 } else { 90_000.0 };
         let stop = Arc::clone(&self.stop);
         self.tasks.push(tokio::spawn(async move {
             let mut ticks = tokio::time::interval(every);
             let start = ticks.tick().await;
+            let mut numbers = 0..;
             while !stop.load(Ordering::Relaxed) {
                 let now = ticks.tick().await;
-                let mut frame = frame(NUMBER.fetch_add(1, Ordering::Relaxed));
+                // From zero for every track: the first frame is a key frame.
+                let mut frame = frame(numbers.next().unwrap_or_default());
                 // LiveKit reports nothing about a clock that runs at another rate than the codec's.
                 frame.rtp_timestamp = ((now - start).as_secs_f64() * clock_rate) as u32;
                 outlet.send(&frame);
