@@ -5,6 +5,7 @@
 mod delegated_leave;
 mod demo;
 mod element_call;
+mod homeserver_tokens;
 mod hostile_packets;
 mod livekit_client;
 mod programs;
