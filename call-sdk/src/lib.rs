@@ -23,10 +23,13 @@
 //! Without features the crate is the machine and the frame encryption alone: no sockets, no threads, no clock.
 
 #[cfg(feature = "shell")]
+mod addresses;
+#[cfg(feature = "shell")]
 mod call;
 #[cfg(feature = "shell")]
 pub mod foci;
 pub mod frame_crypto;
+mod identity;
 mod key;
 pub mod machine;
 pub mod matrix;

@@ -18,6 +18,7 @@ mod policy;
 mod tests;
 mod wire;
 
+pub use crate::addresses::AddressRule;
 #[cfg(feature = "webrtc")]
 pub(crate) use access::service_client;
 pub use access::{Access, AccessRequest, SfuAccess};
@@ -26,7 +27,7 @@ pub use discovery::{
     Candidate, Discovered, Discovery, DiscoveryOptions, Next, NoFocus, Source, Tried, discover,
 };
 pub use exchange::{Attempt, Endpoint, EndpointError, Malformed, Purpose, Unsuitable};
-pub use policy::{AddressRule, PolicyRefusal, RefusalReason, ServicePolicy};
+pub use policy::{PolicyRefusal, RefusalReason, ServicePolicy};
 
 use std::time::Duration;
 

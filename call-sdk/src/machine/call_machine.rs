@@ -14,6 +14,7 @@ use super::{
     event::{CallEvent, ConnectFailure, ConnectFailureKind, EndReason, NoMediaCause},
     media_keys::{KeyEvent, KeyInput, KeyOutput, KeySource, MediaKeys, MediaKeysConfig, SendId},
     membership::{
+        choice::choose_slot,
         own::{self, OwnMembership},
         roster::{Change, Roster},
         slots::{self, SlotStatus},

@@ -2,6 +2,7 @@
 //!
 //! [`roster`] reads everyone's membership and never writes; [`own`] maintains ours and never guesses.
 
+pub(crate) mod choice;
 pub(crate) mod own;
 pub(crate) mod roster;
 pub(crate) mod slots;

@@ -8,8 +8,8 @@ use std::{fmt, time::Duration};
 
 use crate::{
     frame_crypto::SealedData,
+    identity::ParticipantIdentity,
     media::{Codec, TrackSource},
-    member::ParticipantIdentity,
 };
 
 mod focus;

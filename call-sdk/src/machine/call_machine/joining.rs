@@ -185,7 +185,7 @@ impl CallMachine {
         if !self.room.known {
             self.room.known = true;
             if self.config.slot.is_none() {
-                let slot = slots::choose(now, &view);
+                let slot = choose_slot(now, &view);
                 if slot != self.slot {
                     self.slot = slot;
                     self.roster = Roster::new(self.slot.clone());

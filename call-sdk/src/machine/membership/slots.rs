@@ -1,14 +1,13 @@
-//! The slots of a room (MSC4143 §Slots): the state events that open and close calls, and the choice of one.
+//! The slots of a room (MSC4143 §Slots): the state events that open and close calls.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{roster::Roster, wire::SLOT_TYPE};
+use super::wire::SLOT_TYPE;
 use crate::{
     matrix::{EventTarget, EventWrite, RoomView},
     member::Slot,
-    time::Now,
 };
 
 /// Encryption of a slot with a media key per member, by its unstable and stable names.
@@ -61,29 +60,6 @@ pub(crate) fn statuses(view: &RoomView) -> BTreeMap<Slot, SlotStatus> {
     events.collect()
 }
 
-/// The slot for a call of voice and video: an open slot, else the one that most users are in, else `m.call#ROOM`.
-///
-/// `m.call#ROOM` comes first among equals: deployed clients know no other.
-#[must_use]
-pub(crate) fn choose(now: Now, view: &RoomView) -> Slot {
-    let room_call = Slot::room_call();
-    let open = statuses(view)
-        .into_iter()
-        .filter(|(slot, status)| slot.application == room_call.application && *status == SlotStatus::Open)
-        .map(|(slot, _)| slot)
-        .min_by(|a, b| preference(a).cmp(&preference(b)));
-    if let Some(open) = open {
-        return open;
-    }
-    let mut roster = Roster::new(room_call.clone());
-    roster.update(now, view);
-    let slots = roster.users_per_slot().into_iter();
-    let busiest = slots.max_by(|(a, a_users), (b, b_users)| {
-        a_users.cmp(b_users).then_with(|| Reverse(preference(a)).cmp(&Reverse(preference(b))))
-    });
-    busiest.map_or(room_call, |(slot, _)| slot)
-}
-
 /// The event that opens a slot, to be written before the membership if we may send state.
 #[must_use]
 pub(crate) fn open(slot: &Slot, room_is_encrypted: bool) -> EventWrite {
@@ -112,16 +88,6 @@ fn read(slot: &Slot, content: &Value, room_is_encrypted: bool) -> SlotStatus {
         (false, Some(_)) => SlotStatus::Unusable(SlotFault::EncryptionForbidden),
         _ => SlotStatus::Open,
     }
-}
-
-/// Lower comes first: `ROOM`, then `room` of the merged MSC, then the others by name.
-fn preference(slot: &Slot) -> (u8, &Slot) {
-    let rank = match slot.id.as_str() {
-        "ROOM" => 0,
-        "room" => 1,
-        _ => 2,
-    };
-    (rank, slot)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use livekit_signaling::{SignalClient, SignalError, SignalEvents, SignalOptions};
 
 use super::net::{self, Dial};
 use crate::{
-    foci::AddressRule,
+    addresses::AddressRule,
     transport::{
         TransportError,
         rtc::{IceServer, Network},

@@ -7,8 +7,8 @@ use prost::Message as _;
 
 use crate::{
     frame_crypto::SealedData,
+    identity::ParticipantIdentity,
     key::KeyIndex,
-    member::ParticipantIdentity,
     transport::{DataBody, DataPacket, Reliability, TransportError, UserData},
 };
 

@@ -13,7 +13,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{events::EventSink, requests::MOST_LAYERS};
+use super::events::EventSink;
 use crate::{
     media::TrackSpec,
     transport::{
@@ -26,6 +26,8 @@ use crate::{
     },
 };
 
+/// Most simulcast layers: `q`, `h` and `f`.
+pub(super) const MOST_LAYERS: usize = 3;
 /// Frames of one track that may wait for its writer: half a second of video in three layers.
 const FRAMES: usize = 48;
 /// Key frame requests of one track are passed on at most this often: an encoder that is asked by fifty receivers at

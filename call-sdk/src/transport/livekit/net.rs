@@ -37,7 +37,7 @@ use tokio_tungstenite::{
 use url::{Host, Url};
 
 use crate::{
-    foci::AddressRule,
+    addresses::AddressRule,
     tls::{self, TlsOptions},
 };
 

@@ -2,14 +2,11 @@
 
 use livekit_protocol as proto;
 
-use super::local::LocalTrack;
+use super::local::{LocalTrack, MOST_LAYERS};
 use crate::{
     media::{Codec, TrackSource, TrackSpec},
     transport::{Subscription, TrackSid, TransportError},
 };
-
-/// Most simulcast layers: `q`, `h` and `f`.
-pub(super) const MOST_LAYERS: usize = 3;
 
 /// Whether this transport can carry such a track.
 pub(super) fn check(spec: &TrackSpec) -> Result<(), TransportError> {

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use livekit_protocol as proto;
 
 use crate::{
+    identity::ParticipantIdentity,
     media::TrackSource,
-    member::ParticipantIdentity,
     transport::{RemoteTrack, Speaker, TrackSid, TransportEvent, rtc::engine::codec_of_mime},
 };
 

@@ -21,7 +21,7 @@ use super::{
     roster::{ParticipantView, Roster},
 };
 use crate::{
-    member::ParticipantIdentity,
+    identity::ParticipantIdentity,
     transport::{
         ConnectStage, DisconnectReason, TransportError, TransportEvent,
         rtc::{

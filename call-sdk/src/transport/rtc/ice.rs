@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 
 use super::turn_stream::{StreamServer, TurnStream};
 use crate::{
-    foci::AddressRule,
+    addresses::AddressRule,
     tls::{self, TlsOptions},
 };
 

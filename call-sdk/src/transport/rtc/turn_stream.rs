@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use crate::foci::AddressRule;
+use crate::addresses::AddressRule;
 
 /// Time for one address of the server, with its TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

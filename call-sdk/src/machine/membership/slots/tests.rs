@@ -1,13 +1,7 @@
-//! Slot events, and the choice of a slot.
+//! Slot events.
 
 use super::*;
-use crate::{
-    machine::membership::testing::{
-        ALICE, BOB, CAROL, at, in_slot, slot_event, state_content, state_event, view, with,
-    },
-    matrix::{MemberEvent, SlotEvent},
-    time::UnixMillis,
-};
+use crate::machine::membership::testing::{slot_event, view, with};
 
 fn opened() -> Value {
     json!({"status": "open", "application": {"type": "m.call"}})
@@ -16,10 +10,6 @@ fn opened() -> Value {
 fn status_of(content: Value, encrypted: bool) -> SlotStatus {
     let view = RoomView { slots: vec![slot_event("m.call#ROOM", content)], encrypted, ..view(vec![]) };
     statuses(&view)[&Slot::room_call()]
-}
-
-fn chosen(slots: Vec<SlotEvent>, members: Vec<MemberEvent>) -> String {
-    choose(at(2_000), &RoomView { slots, ..view(members) }).slot_id()
 }
 
 #[test]
@@ -65,54 +55,4 @@ fn written_slot_event_is_open() {
         let encryption = write.content.get("encryption");
         assert_eq!(encryption, encrypted.then_some(&json!({"type": "org.matrix.msc4143.per_member"})));
     }
-}
-
-#[test]
-fn open_slot_is_chosen_first() {
-    let lower = || slot_event("m.call#room", opened());
-    assert_eq!(chosen(vec![lower()], vec![in_slot(ALICE, 1_000, "m.call#ROOM", "x")]), "m.call#room");
-    assert_eq!(chosen(vec![lower(), slot_event("m.call#ROOM", opened())], vec![]), "m.call#ROOM");
-    assert_eq!(chosen(vec![slot_event("m.call#a", opened()), lower()], vec![]), "m.call#room");
-    let unusable = [
-        slot_event("m.call#room", json!({"status": "closed"})),
-        slot_event("m.other#x", json!({"status": "open", "application": {"type": "m.other"}})),
-    ];
-    assert_eq!(chosen(unusable.into(), vec![]), "m.call#ROOM");
-}
-
-#[test]
-fn slot_of_most_users_is_chosen_next() {
-    let members = vec![
-        in_slot(ALICE, 1_000, "m.call#room", "x"),
-        in_slot(BOB, 1_000, "m.call#room", "x"),
-        in_slot(CAROL, 1_000, "m.call#ROOM", "x"),
-    ];
-    assert_eq!(chosen(vec![], members), "m.call#room");
-    let state = state_event(ALICE, 1_000, state_content("DEVICE"));
-    assert_eq!(
-        chosen(vec![], vec![state, in_slot(BOB, 1_000, "m.call#room", "x")]),
-        "m.call#ROOM",
-        "ROOM among equals"
-    );
-    assert_eq!(chosen(vec![], vec![in_slot(ALICE, 1_000, "m.other#x", "x")]), "m.call#ROOM");
-    assert_eq!(chosen(vec![], vec![]), "m.call#ROOM");
-}
-
-#[test]
-fn many_devices_of_one_user_do_not_choose_the_slot() {
-    let flood = (0..50).map(|n| {
-        let content = with(state_content(&format!("D{n}")), "call_id", json!("evil"));
-        state_event(CAROL, 1_000, content)
-    });
-    let members = flood
-        .chain([in_slot(ALICE, 1_000, "m.call#room", "x"), in_slot(BOB, 1_000, "m.call#room", "x")])
-        .collect();
-    assert_eq!(chosen(vec![], members), "m.call#room");
-}
-
-#[test]
-fn expired_members_do_not_choose_the_slot() {
-    let old =
-        MemberEvent { sticky_until: Some(UnixMillis(1_999)), ..in_slot(ALICE, 1_000, "m.call#room", "x") };
-    assert_eq!(chosen(vec![], vec![old]), "m.call#ROOM");
 }
