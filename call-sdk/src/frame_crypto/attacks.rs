@@ -14,7 +14,7 @@ use proptest::prelude::*;
 
 use super::{
     DataDecryptor, DataEncryptor, FrameDecryptor, FrameEncryptor, KeyRing, MAX_SEALED, OVERHEAD, OpenError,
-    Opened, SealError, SifTrailer, codec::Rule, iv::IvSource,
+    Opened, SealError, SifTrailer, codec::Rule, iv_source::IvSource,
 };
 use crate::{
     key::{KeyIndex, MediaKey},

@@ -4,10 +4,10 @@ use std::fmt;
 
 use super::{
     TAG_LEN,
-    iv::{Iv, IvSource},
-    open::OpenError,
+    error::{OpenError, SealError},
+    iv::Iv,
+    iv_source::IvSource,
     ring::{KeyFinder, KeyRing},
-    seal::SealError,
 };
 use crate::key::KeyIndex;
 

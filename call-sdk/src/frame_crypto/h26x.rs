@@ -1,7 +1,7 @@
 //! H.264 and H.265 access units in Annex B form: finding the first slice, and writing a header that transports do
 //! not change.
 
-use super::seal::SealError;
+use super::error::SealError;
 
 /// Bytes of the first slice that stay in clear, so that packetisers and SFUs still read its type.
 pub(super) const CLEAR_OF_SLICE: usize = 2;

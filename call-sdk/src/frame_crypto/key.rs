@@ -12,10 +12,9 @@ use super::{
     TAG_LEN,
     aead::{AES_KEY_LEN, Cipher},
     derive,
+    error::{OpenError, SealError},
     iv::Iv,
-    open::OpenError,
     replay::ReplayWindow,
-    seal::SealError,
 };
 use crate::key::KeyIndex;
 

@@ -57,8 +57,10 @@ mod codec;
 mod data;
 mod derive;
 mod emulation;
+mod error;
 mod h26x;
 mod iv;
+mod iv_source;
 mod key;
 mod open;
 mod replay;
@@ -74,10 +76,11 @@ mod vectors;
 pub use codec::UnsupportedCodec;
 pub use data::{DataDecryptor, DataEncryptor, SealedData};
 pub use derive::CryptoFailed;
+pub use error::{OpenError, SealError};
 pub use key::MAX_SEALED;
-pub use open::{FrameDecryptor, OpenError, Opened};
+pub use open::{FrameDecryptor, Opened};
 pub use ring::{KeyRing, RETIRE_AFTER};
-pub use seal::{FrameEncryptor, SealError};
+pub use seal::FrameEncryptor;
 pub use sif::{SifKind, SifTrailer};
 
 /// Bytes that sealing adds to a frame: tag, IV, and the two bytes of the trailer. H.264 and H.265 frames may grow by

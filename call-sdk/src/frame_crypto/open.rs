@@ -6,6 +6,7 @@ use super::{
     OVERHEAD, TAG_LEN,
     codec::{Rule, UnsupportedCodec},
     emulation,
+    error::OpenError,
     iv::{IV_LEN, Iv},
     key::FrameKey,
     ring::{KeyFinder, KeyRing},
@@ -150,33 +151,4 @@ pub enum Opened {
     /// The SFU replaced the sender's media. Not from the sender and not encrypted: show a muted track, and leave
     /// any indicator of encryption unchanged.
     Injected(SifKind),
-}
-
-/// Why a frame was not opened. It must be dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// The sender's ring has no key at this index.
-    #[error("the sender's media key at index {} has not reached us; wait for its key message", .0.0)]
-    MissingKey(KeyIndex),
-    /// Fewer bytes than any sealed frame of this codec has. The length is given in bytes.
-    #[error("the frame of {0} bytes is too short to be sealed; the SFU or the network cut it")]
-    TooShort(usize),
-    /// The trailer does not announce an IV of 12 bytes.
-    #[error("the frame is not sealed: its sender does not encrypt, or the SFU changed it")]
-    NotSealed,
-    /// The frame does not authenticate under the key at this index.
-    #[error("the frame does not open under the sender's key {}: it was changed on its way, or the key is not the one it was sealed with", .0.0)]
-    Unauthentic(KeyIndex),
-    /// The same frame was opened before.
-    #[error("the frame under the sender's key {} was replayed by the SFU or the network", .0.0)]
-    Replayed(KeyIndex),
-    /// The trailer of injected frames on a payload that no SFU injects.
-    #[error(
-        "a frame marked as injected by the SFU carries foreign media; the SFU or a participant tried to pass it in"
-    )]
-    ForeignInjection,
-    /// More than 100 injected frames in 2 s.
-    #[error("the SFU injects more than 100 frames in 2 s; the excess is dropped")]
-    InjectionFlood,
 }

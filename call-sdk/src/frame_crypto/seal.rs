@@ -6,8 +6,11 @@ use super::{
     OVERHEAD,
     codec::{Rule, UnsupportedCodec},
     derive::CryptoFailed,
-    emulation, h26x,
-    iv::{IV_LEN, Iv, IvSource},
+    emulation,
+    error::SealError,
+    h26x,
+    iv::{IV_LEN, Iv},
+    iv_source::IvSource,
     key::FrameKey,
     ring::{KeyFinder, KeyRing},
 };
@@ -126,31 +129,4 @@ pub(super) fn write_sealed(
     *iv_place = iv;
     trailer.copy_from_slice(&[IV_LEN as u8, index.0]);
     Ok(())
-}
-
-/// Why a frame was not sealed. It must be dropped, never sent as it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum SealError {
-    /// Our ring has no key at this index.
-    #[error("we have no media key at index {}; drop frames until one is set", .0.0)]
-    MissingKey(KeyIndex),
-    /// The key has sealed 2^32 frames.
-    #[error("our media key has sealed 2^32 frames, the most that is safe; rotate it")]
-    KeyExhausted,
-    /// The frame ends within the bytes that stay in clear. Its length is given in bytes.
-    #[error("the encoder's frame of {0} bytes is shorter than its codec's header; drop it")]
-    FrameTooShort(usize),
-    /// An H.264 or H.265 unit without a slice: no two clients seal it alike.
-    #[error("the encoder's access unit has no slice; send parameter sets together with the next slice")]
-    NoSlice,
-    /// Two different parameter sets of one kind in one unit: packetisers keep only the last one.
-    #[error("the encoder's access unit has several parameter sets of one kind; configure it to write one")]
-    ParameterSets,
-    /// More than 255 bytes before the first slice: libwebrtc cannot open such a frame.
-    #[error("the encoder's parameter sets exceed 249 bytes, more than receivers can authenticate")]
-    HeaderTooLong,
-    /// The cryptographic library failed.
-    #[error(transparent)]
-    Crypto(#[from] CryptoFailed),
 }
