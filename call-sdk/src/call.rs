@@ -237,7 +237,8 @@ impl Call {
         tracks.iter().map(summary).collect()
     }
 
-    /// An account of the call, made for pasting into a bug report: it names no user, device, room or key.
+    /// An account of the call, made for pasting into a bug report: it names no user, device, room or key. It does
+    /// contain the server names of the members.
     ///
     /// # Errors
     /// [`CallError::Over`].
@@ -337,7 +338,7 @@ impl Call {
         self.tell(Command::RaiseHand(raised)).await
     }
 
-    /// Leaves: ends the tracks, says goodbye to every SFU and takes our membership back. Bounded by 5 s; if the
+    /// Leaves: ends the tracks, disconnects from every SFU and removes our membership. Bounded by 5 s; if the
     /// homeserver is away, the delayed leave removes us later.
     pub async fn leave(self) {
         // An error means that the call ended first.

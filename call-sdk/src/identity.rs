@@ -63,7 +63,7 @@ mod tests {
 
     use super::*;
 
-    /// A homeserver with a port and odd characters, as g4 §2.3 has it.
+    /// A homeserver with a port and odd characters.
     const ZOE: &str = "@zoë/\"q\\:example.com:8448";
 
     fn hash(parts: &[&str]) -> String {

@@ -18,9 +18,11 @@
 //! | `matrix-sdk` | yes | calls in rooms of a matrix-sdk client; sessions |
 //! | `webrtc` | yes | media over LiveKit SFUs |
 //! | `opus` | no | sound as samples: an Opus encoder and decoder in Rust |
+//! | `shell` | by the first two | `Call` over a `MatrixPort` and a `Connector` of your own |
 //! | `aws-lc` | yes | frame encryption by AWS-LC instead of RustCrypto |
 //!
-//! Without features the crate is the machine and the frame encryption alone: no sockets, no threads, no clock.
+//! Without features the crate is the call machine, frame encryption, RTP packets and recordings: no sockets, no
+//! threads, no clock.
 
 #[cfg(feature = "shell")]
 mod addresses;

@@ -106,8 +106,8 @@ pub struct Member {
     pub device_id: Option<OwnedDeviceId>,
     /// This membership's own id.
     pub member_id: MemberId,
-    /// Every identity under which an SFU may know this member, most likely first (MSC4195; g4 forms H2 and H3,
-    /// `user:device` for state members).
+    /// Every identity under which an SFU may know this member, most likely first (MSC4195: hashed
+    /// identities, and `user:device` for state members).
     pub identities: Vec<ParticipantIdentity>,
     /// The event form that it was read from.
     pub form: MembershipForm,

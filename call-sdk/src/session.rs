@@ -121,7 +121,7 @@ impl FromStr for Homeserver {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SessionOptions {
-    /// The homeserver.
+    /// The homeserver. Used at the first login; later starts use the address in the store.
     pub homeserver: Homeserver,
     /// The user: a localpart or a full id.
     pub user: String,
@@ -359,8 +359,8 @@ pub enum SessionError {
     },
     /// The homeserver has no password login.
     #[error(
-        "the homeserver does not offer password login; log a matrix-sdk client in by other means and take rooms from \
-         SdkRoom::with_base_client"
+        "the homeserver does not offer password login; log a matrix-sdk client in by other means and use \
+         Call::join (or SdkRoom::with_base_client for sticky memberships in encrypted rooms)"
     )]
     NoPasswordLogin,
     /// Wrong user name or password.

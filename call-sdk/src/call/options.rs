@@ -49,8 +49,8 @@ pub struct CallOptions {
     pub ice_servers: Vec<crate::transport::livekit::IceServer>,
     /// Whether media travels through TURN servers only, so that SFUs do not learn our address.
     pub relay_only: bool,
-    /// Whether the focus's authorisation service is asked to keep our delayed leave (MSC4195), so that the others see
-    /// within a moment when this process dies.
+    /// Whether the focus's authorisation service is asked to keep our delayed leave (MSC4195) and send it when
+    /// the SFU loses this device.
     pub delegate_leave: bool,
     /// Frames that may wait for the application before new ones are dropped.
     pub frame_queue: usize,

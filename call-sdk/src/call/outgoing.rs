@@ -172,7 +172,8 @@ impl LocalTrack {
         self.shared.audio_level.store(level, Ordering::Relaxed);
     }
 
-    /// Frames that connections were too slow for, or that came while none was up.
+    /// Frames dropped by the connections that carry this track now. Frames written while no connection carries it are
+    /// not counted.
     #[must_use]
     pub fn dropped_frames(&self) -> u64 {
         let outlets = self.shared.outlets.read().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! Which focus this device publishes to (g4 §2.1, §2.2).
+//! Which focus this device publishes to (MSC4143 §Transport discovery).
 //!
 //! Sources, first usable one wins: the application's option; the homeserver's `rtc/transports` endpoint; the well-known
 //! file of the user's domain; the application's fallback list; the focus of the oldest member of the call. A source
@@ -275,7 +275,7 @@ impl Discovery {
     }
 }
 
-/// Merges entries that name one deployment: homeservers list one per generation of clients (g4 §2.1).
+/// Merges entries that name one deployment: homeservers list one per generation of clients.
 fn candidates(foci: impl Iterator<Item = (LiveKitFocus, NamedBy)>) -> Vec<Candidate> {
     let mut merged: Vec<Candidate> = Vec::new();
     for (focus, named_by) in foci {

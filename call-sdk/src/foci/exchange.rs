@@ -1,4 +1,4 @@
-//! One token exchange as a decision without I/O: which endpoint is asked next, and what an answer means (g4 §2.2, §2.4).
+//! One token exchange as a decision without I/O: which endpoint is asked next, and what an answer means (MSC4195).
 //!
 //! Passing failures are retried with backoff; every other answer moves on to the next endpoint or ends the exchange.
 //! Everything ends at the deadline.

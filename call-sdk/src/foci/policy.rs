@@ -99,7 +99,7 @@ impl Admitted {
 }
 
 /// Homeservers that may issue tokens for an SFU, in the order of asking; `None` is our own. A member may publish to the
-/// SFU of another server than its own (g4 §2.4), so ours comes last.
+/// SFU of another server than its own (MSC4195), so ours comes last.
 pub(super) fn token_servers(named_by: &NamedBy, own: &ServerName) -> Vec<Option<OwnedServerName>> {
     /// Each costs a request, and members choose them.
     const MAX_FOREIGN: usize = 4;

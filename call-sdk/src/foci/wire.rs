@@ -1,4 +1,4 @@
-//! What goes to an authorisation service, and the claims of the tokens that come back (jwt-service §2.2 to §2.5).
+//! What goes to an authorisation service, and the claims of the tokens that come back (MSC4195).
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;

@@ -31,7 +31,7 @@ pub struct MachineConfig {
     pub device: Device,
     /// The room of the call.
     pub room_id: OwnedRoomId,
-    /// The slot; `None`: the one that the room uses (g4 §1.3).
+    /// The slot; `None`: the one that the room uses (MSC4143 §Slots).
     pub slot: Option<Slot>,
     /// The membership form that we write.
     pub mode: MembershipMode,

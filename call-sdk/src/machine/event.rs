@@ -79,7 +79,8 @@ pub enum CallEvent {
         /// Why.
         reason: OpenError,
     },
-    /// A track that should be flowing is not, for 10 s. Reported once until frames come.
+    /// No frame of an unmuted track has been decrypted for 10 s. For audio, only before the first one. Reported once
+    /// until frames come.
     NoMedia {
         /// The publisher.
         member: Member,
@@ -187,7 +188,8 @@ pub enum CallEvent {
         /// Candidate pairs that were tried.
         tried: Vec<String>,
     },
-    /// A participant of an SFU room for whom no member stands, for 5 s. It is never decrypted.
+    /// An SFU participant with tracks has matched no member of the call for 5 s. Without a member its media is never
+    /// decrypted.
     UnknownParticipant {
         /// Where.
         focus: LiveKitFocus,

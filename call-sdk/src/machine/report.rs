@@ -1,7 +1,7 @@
 //! A redacted account of a call, made for pasting into a bug report.
 //!
 //! It names no user, device, room or key: members are numbered, and only their server names are kept. Times count from
-//! the begin of the call.
+//! the beginning of the call.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -122,7 +122,7 @@ pub enum Step {
 /// A step and its time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Entry {
-    /// Milliseconds since the begin of the call.
+    /// Milliseconds since the beginning of the call.
     pub at_ms: u64,
     /// What happened.
     #[serde(flatten)]
@@ -168,7 +168,7 @@ pub struct CallReport {
     pub encrypted: bool,
     /// The membership form that we write.
     pub mode: String,
-    /// Milliseconds since the begin of the call.
+    /// Milliseconds since the beginning of the call.
     pub at_ms: u64,
     /// The members that are present.
     pub members: Vec<MemberReport>,
@@ -186,7 +186,7 @@ impl CallReport {
         serde_json::to_string_pretty(self).unwrap_or_default()
     }
 
-    /// When a step happened for the first time, from the begin of the call.
+    /// When a step happened for the first time, from the beginning of the call.
     #[must_use]
     pub fn first(&self, is: impl Fn(&Step) -> bool) -> Option<Duration> {
         self.timeline.iter().find(|entry| is(&entry.step)).map(|entry| Duration::from_millis(entry.at_ms))

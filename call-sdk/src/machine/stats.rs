@@ -66,13 +66,13 @@ pub struct TrackStats {
     /// Index of the key that opened the last frame.
     #[serde(serialize_with = "index")]
     pub key_index: Option<KeyIndex>,
-    /// From the begin of the call to the first frame that opened.
+    /// From the beginning of the call to the first frame that opened.
     #[serde(serialize_with = "millis")]
     pub first_opened: Option<Duration>,
-    /// From the begin of the call to the last frame that arrived.
+    /// From the beginning of the call to the last frame that arrived.
     #[serde(serialize_with = "millis")]
     pub last_received: Option<Duration>,
-    /// From the begin of the call to the last frame that opened.
+    /// From the beginning of the call to the last frame that opened.
     #[serde(serialize_with = "millis")]
     pub last_opened: Option<Duration>,
 }

@@ -65,7 +65,8 @@ pub enum TrackSource {
 pub struct EncodedFrame {
     /// The frame as the encoder wrote it.
     pub payload: FrameBytes,
-    /// Media time since the start of the track; in received frames since the first frame received.
+    /// Media time since the start of the track. In received frames: since the first frame of any track of the same
+    /// member.
     pub timestamp: Duration,
 }
 

@@ -123,11 +123,11 @@ impl PcmDecoder {
         Ok(Self { decoder, channels, next: None, samples: Vec::new() })
     }
 
-    /// The samples of a frame. After a gap of at most 120 ms they begin with a filling for it, so that the sound keeps
-    /// its pace. A late frame gives none.
+    /// The samples of a frame. After a gap of at most 120 ms they begin with concealment samples, so that playback
+    /// keeps its timing. Returns no samples for a frame that arrives up to 120 ms late.
     ///
     /// # Errors
-    /// [`PcmError`] if the payload is no Opus packet. The next frame may be one.
+    /// [`PcmError`] if the payload is not a valid Opus packet. Decoding may continue with the next frame.
     pub fn decode(&mut self, frame: &EncodedFrame) -> Result<&[i16], PcmError> {
         self.samples.clear();
         if let Some(next) = self.next {

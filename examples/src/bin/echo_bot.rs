@@ -8,7 +8,8 @@ use antiphon_examples::{Place, init};
 use anyhow::Result;
 use clap::Parser;
 
-/// Joins the call of a Matrix room and sends back what it hears: one track per track, until you press Ctrl-C.
+/// Joins the call of a Matrix room and sends back what it hears: one echo track per received track, until you press
+/// Ctrl-C.
 ///
 /// Shows how media goes through a program: frames come in decrypted, with the member that they are from, and go out
 /// encrypted with our own key. Put a transcriber or a translator in between.

@@ -10,9 +10,10 @@ use clap::Parser;
 
 /// Records the call of a Matrix room until you press Ctrl-C: one file per sender and track, Ogg for Opus, IVF for VP8.
 ///
-/// The recorder is a member like any other: everybody in the call sees it, and clients send it their media keys because
-/// it is in the room. Tell people that they are recorded. All files start at the same instant, so that they play in
-/// step; `ffmpeg -i alice-….ogg -i alice-….ivf -c copy alice.mkv` joins sound and picture of a sender.
+/// The recorder is a member like any other: everybody in the call sees it, and clients that trust its device send it
+/// their media keys, because it is a member of the call. Tell people that they are recorded. All files start at the
+/// same instant, so that they play in step; `ffmpeg -i alice-….ogg -i alice-….ivf -c copy alice.mkv` joins sound and
+/// picture of a sender.
 #[derive(Parser)]
 #[command(version)]
 struct Options {

@@ -1,7 +1,7 @@
 //! Heals pairs of members that cannot decrypt each other, without a storm of messages.
 //!
-//! No generation of clients has a message that asks for a key, and deployed clients send a key once and never retry
-//! (RTC §8.3, item 8). Two symptoms are treated, each after [`HealingConfig::patience`]:
+//! No generation of clients has a message that asks for a key, and deployed clients send a key once and never retry.
+//! Two symptoms are treated, each after [`HealingConfig::patience`]:
 //!
 //! - We have no key of a member; or it joined again, publishes, and neither a key nor an authenticated frame of it came
 //!   since. We send it our key again and, if it publishes and that did not help, renew our membership.

@@ -1,6 +1,6 @@
 //! The media keys of others: which of them are believed, and whose they are.
 //!
-//! A key is accepted only if all of this holds (MSC4143 §Encryption keys, g4 §3.1, frame-e2ee §5.2):
+//! A key is accepted only if all of this holds (MSC4143 §Encryption keys):
 //!
 //! 1. It came Olm-encrypted, from a device in its owner's device list. That device, never the one that the message
 //!    claims, is its origin.
@@ -331,7 +331,7 @@ impl Inbox {
         Ok(Parked { from, member_id, since: now.instant, index, key, sent })
     }
 
-    /// The present member that a key belongs to (g4 §3.1, steps 1 to 3).
+    /// The present member that a key belongs to.
     fn owner(&self, key: &Parked) -> Result<Option<MemberKey>, KeyRejected> {
         let Device { user_id, device_id } = &key.from;
         if *user_id == self.own.user_id && self.own_ids.contains(&key.member_id) {

@@ -1,8 +1,8 @@
 //! The to-device message that carries one media key of one member.
 //!
-//! Two contents and three event types are in use (RTC §3.2, MSC4143 §Encryption keys, g4 §3.1). All combinations are
-//! read. Written is the deployed type with both contents in one, and, to members that read MSC4143, its own form in
-//! addition. A message holds its sender's claims; the inbox decides which of them to believe.
+//! Two contents and three event types are in use (MSC4143 §Encryption keys, and the forms of deployed clients). All
+//! combinations are read. Written is the deployed type with both contents in one, and, to members that read MSC4143,
+//! its own form in addition. A message holds its sender's claims; the inbox decides which of them to believe.
 
 use base64::{
     Engine as _,

@@ -173,7 +173,8 @@ impl Inner {
         reply.into_reply()
     }
 
-    /// g4 §1.6: the room does not exist, so nothing can be sent, whatever the homeserver makes of the request.
+    /// Whether the query parameter for delays works. The room does not exist, so nothing can be sent, whatever the
+    /// homeserver makes of the request.
     async fn probe_delay(&self, limit: Duration) -> Result<bool, RequestError> {
         let letters: String =
             rand::rng().sample_iter(rand::distr::Alphanumeric).take(18).map(char::from).collect();

@@ -93,7 +93,7 @@ impl OwnMembership {
     }
 
     fn publication_wanted(&self, now: Instant, joined: &Joined) -> bool {
-        // A device that slept past its leave must not list itself again without one (matrixrtc §1.1.4).
+        // A device that slept past its leave must not list itself again without one.
         if self.delayed.as_ref().is_some_and(|delayed| now >= delayed.fires_at()) {
             return false;
         }

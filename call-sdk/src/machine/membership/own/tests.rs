@@ -383,7 +383,7 @@ impl Call {
     }
 }
 
-/// What matrix-js-sdk uses when an application sets nothing, as the scenarios of matrixrtc §9 have it.
+/// What matrix-js-sdk uses when an application sets nothing, as the scenarios `eNN` below have it.
 fn js() -> OwnConfig {
     OwnConfig {
         leave_delay: ms(8000),
@@ -397,7 +397,7 @@ fn js() -> OwnConfig {
 const UNSTABLE: ScheduleForm = ScheduleForm::Dedicated(ApiVersion::Unstable);
 const STABLE: ScheduleForm = ScheduleForm::Dedicated(ApiVersion::Stable);
 
-// Joining. `eNN` is the number of the scenario in matrixrtc §9.
+// Joining. `eNN` numbers a scenario of matrix-js-sdk.
 
 #[test]
 fn e33_join_schedules_publishes_and_restarts() {
