@@ -1,7 +1,11 @@
 //! A call in a Matrix room: join, publish, listen, leave.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -74,6 +78,8 @@ pub struct Call {
     members: watch::Receiver<Arc<Vec<Member>>>,
     tracks: watch::Receiver<shell::Tracks>,
     status: watch::Receiver<CallStatus>,
+    /// The report of a call that is over.
+    last_report: Arc<OnceLock<CallReport>>,
 }
 
 impl Call {
@@ -149,6 +155,7 @@ impl Call {
             // The queue is empty, so there is room.
             let _ = events.control(CallEvent::OwnDeviceNotTrusted(trusted));
         }
+        let last_report = Arc::<OnceLock<CallReport>>::default();
         let shell = Shell::new(shell::Parts {
             port,
             connector,
@@ -159,9 +166,10 @@ impl Call {
             tracks: tracks_tx,
             status: status_tx,
             begin: begin.instant,
+            last_report: Arc::clone(&last_report),
         });
         tokio::spawn(shell.run(updates, commands_rx));
-        let call = Self { commands, sealing, members, tracks, status };
+        let call = Self { commands, sealing, members, tracks, status, last_report };
         call.joined(CallEvents { queue }, options.join_timeout).await
     }
 
@@ -174,10 +182,15 @@ impl Call {
         let settled = self.status.wait_for(|status| *status != CallStatus::Joining);
         match tokio::time::timeout(timeout, settled).await.map(|status| status.map(|status| *status)) {
             Ok(Ok(CallStatus::Joined | CallStatus::Reconnecting)) => Ok((self, events)),
-            Ok(_) => Err(CallError::Ended(last_word(events).await)),
+            Ok(_) => {
+                let reason = last_word(events).await;
+                Err(CallError::Ended { reason, report: self.last_report.get().cloned().map(Box::new) })
+            }
             Err(_) => {
+                let last_report = Arc::clone(&self.last_report);
                 self.leave().await;
-                Err(CallError::Timeout { after: timeout, cause: first_trouble(events).await })
+                let report = last_report.get().cloned().map(Box::new);
+                Err(CallError::Timeout { after: timeout, cause: first_trouble(events).await, report })
             }
         }
     }
@@ -243,7 +256,10 @@ impl Call {
     /// # Errors
     /// [`CallError::Over`].
     pub async fn report(&self) -> Result<CallReport, CallError> {
-        self.ask(Command::Report).await
+        match self.ask(Command::Report).await {
+            Err(CallError::Over) => self.last_report.get().cloned().ok_or(CallError::Over),
+            asked => asked,
+        }
     }
 
     /// Changes our intent, for instance when the camera goes on.
@@ -437,8 +453,12 @@ async fn derive_password(sealing: &Arc<Sealing>, password: Zeroizing<String>) ->
     let sealing = Arc::clone(sealing);
     tokio::task::spawn_blocking(move || sealing.switch_to_password(&password))
         .await
-        .map_err(|error| CallError::Ended(EndReason::Internal(error.to_string())))?
-        .map_err(|error| CallError::Ended(EndReason::Internal(error.to_string())))
+        .map_err(|error| internal(&error))?
+        .map_err(|error| internal(&error))
+}
+
+fn internal(error: &dyn std::error::Error) -> CallError {
+    CallError::Ended { reason: EndReason::Internal(error.to_string()), report: None }
 }
 
 #[cfg(test)]

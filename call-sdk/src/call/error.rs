@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     frame_crypto::UnsupportedCodec,
-    machine::EndReason,
+    machine::{CallReport, EndReason},
     matrix::{MatrixError, OwnTrust},
 };
 
@@ -27,8 +27,14 @@ pub enum CallError {
     )]
     OwnDeviceNotTrusted(OwnTrust),
     /// The call ended before we were in it.
-    #[error("the call could not be joined: {0}")]
-    Ended(#[source] EndReason),
+    #[error("the call could not be joined: {reason}")]
+    Ended {
+        /// Why.
+        #[source]
+        reason: EndReason,
+        /// What happened until then, for a bug report.
+        report: Option<Box<CallReport>>,
+    },
     /// Joining took too long.
     #[error("the call could not be joined within {after:?}: {cause}")]
     Timeout {
@@ -36,6 +42,8 @@ pub enum CallError {
         after: Duration,
         /// The last trouble.
         cause: String,
+        /// What happened until then, for a bug report.
+        report: Option<Box<CallReport>>,
     },
     /// The codec cannot be encrypted.
     #[error(transparent)]
@@ -52,4 +60,15 @@ pub enum CallError {
     /// The call is over.
     #[error("the call is over")]
     Over,
+}
+
+impl CallError {
+    /// What happened until joining failed, made for pasting into a bug report.
+    #[must_use]
+    pub fn report(&self) -> Option<&CallReport> {
+        match self {
+            Self::Ended { report, .. } | Self::Timeout { report, .. } => report.as_deref(),
+            _ => None,
+        }
+    }
 }

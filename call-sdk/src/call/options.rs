@@ -6,7 +6,9 @@ use zeroize::Zeroizing;
 
 use crate::{
     foci::ServicePolicy,
-    machine::{Attention, EncryptionPolicy, MachineConfig, MembershipMode, OwnConfig, RolloutConfig},
+    machine::{
+        Attention, EncryptionPolicy, HealingConfig, MachineConfig, MembershipMode, OwnConfig, RolloutConfig,
+    },
     matrix::{MatrixPort, TrustPolicy},
     member::Slot,
     tls::TlsOptions,
@@ -60,6 +62,8 @@ pub struct CallOptions {
     pub membership: OwnConfig,
     /// Timing of our own media key.
     pub keys: RolloutConfig,
+    /// When members that cannot read each other send their keys again.
+    pub healing: HealingConfig,
 }
 
 impl Default for CallOptions {
@@ -87,6 +91,7 @@ impl Default for CallOptions {
             join_timeout: Duration::from_secs(30),
             membership: OwnConfig::default(),
             keys: RolloutConfig::default(),
+            healing: HealingConfig::default(),
         }
     }
 }
@@ -142,9 +147,27 @@ setters! {
     with_membership(membership: OwnConfig);
     /// Changes the timing of our own media key.
     with_keys(keys: RolloutConfig);
+    /// Changes when members that cannot read each other send their keys again.
+    with_healing(healing: HealingConfig);
 }
 
 impl CallOptions {
+    /// Chooses the local addresses that media travels from.
+    #[cfg(feature = "webrtc")]
+    #[must_use]
+    pub fn with_bind(mut self, bind: crate::transport::livekit::Bind) -> Self {
+        self.bind = bind;
+        self
+    }
+
+    /// Adds STUN and TURN servers to those that SFUs name.
+    #[cfg(feature = "webrtc")]
+    #[must_use]
+    pub fn with_ice_servers(mut self, ice_servers: Vec<crate::transport::livekit::IceServer>) -> Self {
+        self.ice_servers = ice_servers;
+        self
+    }
+
     /// The part that is about LiveKit SFUs.
     #[cfg(feature = "webrtc")]
     #[must_use]
@@ -173,6 +196,7 @@ impl CallOptions {
         config.observe = observe;
         config.membership = self.membership.clone();
         config.keys = self.keys.clone();
+        config.healing = self.healing.clone();
         config
     }
 }

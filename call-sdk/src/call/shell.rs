@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -27,7 +27,7 @@ use crate::{
     foci::SfuAccess,
     machine::{
         Attention, CallEvent, CallMachine, CallReport, CallStatus, ConnectFailure, EndReason, Grant,
-        IncomingTrack, Input, Output, Sealing, TrackCounters,
+        IncomingTrack, Input, Output, PublishFailure, Sealing, TrackCounters,
     },
     matrix::{Delivery, MatrixPort, MatrixReply, MatrixUpdate, RequestError},
     media::TrackSpec,
@@ -86,6 +86,8 @@ pub(super) struct Parts {
     pub(super) tracks: watch::Sender<Tracks>,
     pub(super) status: watch::Sender<CallStatus>,
     pub(super) begin: Instant,
+    /// Where the report is left when the call is over.
+    pub(super) last_report: Arc<OnceLock<CallReport>>,
 }
 
 pub(super) struct Shell {
@@ -411,7 +413,8 @@ impl Shell {
                         }
                         return;
                     }
-                    (Err(error), _) => Err(describe(&error)),
+                    (Err(TransportError::Closed), _) => Err(PublishFailure::Closed),
+                    (Err(error), _) => Err(PublishFailure::Refused(describe(&error))),
                 };
                 self.input(Input::Published { connection, track, result });
             }
@@ -545,6 +548,7 @@ impl Shell {
             self.close_connection(connection);
         }
         self.work.abort_all();
+        let _ = self.parts.last_report.set(self.parts.machine.report(now()));
         self.parts.status.send_replace(CallStatus::Over);
         self.parts.events.end(CallEvent::Ended(reason));
         for waiter in self.leaving {

@@ -20,7 +20,7 @@ use super::{
         slots::{self, SlotStatus},
         wire::{self, MembershipMode, OwnDescription},
     },
-    messages::{AccessWanted, CallStatus, Grant, Input, Output, RequestId},
+    messages::{AccessWanted, CallStatus, Grant, Input, Output, PublishFailure, RequestId},
     notify::{self, Attention, Notice, Notify},
     own_foci::{OwnFoci, Verdict},
     peers::{Peer, PeerChange, PeerTrack, Peers},
@@ -54,6 +54,8 @@ const NOT_IN_ROOM_AFTER: Duration = Duration::from_secs(10);
 const SUPPORT_TIMEOUT: Duration = Duration::from_secs(10);
 const SUPPORT_TRIES: u32 = 4;
 const SUPPORT_AGAIN: Duration = Duration::from_millis(500);
+/// How long a sync may take to show that the slot is open which we have opened.
+const SLOT_SHOWN_AFTER: Duration = Duration::from_secs(10);
 /// Users that are named as the source of one focus: homeservers to ask for its tokens.
 const MAX_NAMERS: usize = 8;
 /// How long an event may take to be sent.
@@ -75,6 +77,8 @@ pub struct CallMachine {
     outputs: VecDeque<Output>,
     room: Room,
     slot: Slot,
+    /// When we last wrote that the slot is open.
+    slot_opened: Option<Instant>,
     support: Option<ServerSupport>,
     /// Failed tries to read it, and when the next one is due.
     support_failures: u32,
@@ -177,6 +181,7 @@ impl CallMachine {
             room: Room::default(),
             roster: Roster::new(slot.clone()),
             slot: slot.clone(),
+            slot_opened: None,
             support: None,
             support_failures: 0,
             support_again: None,
@@ -364,8 +369,15 @@ impl CallMachine {
             self.route(now, output);
         }
         if let Phase::Leaving { until, reason } = &self.phase {
-            if self.own.status() == own::Status::Disconnected || now.instant >= *until {
-                let step = Step::Ended { reason: reason.to_string() };
+            // An event that is on its way, as the withdrawal of an invitation, is not cut off.
+            let is_writing = self.requests.values().any(|origin| matches!(origin, Origin::Write));
+            let has_left = self.own.status() == own::Status::Disconnected && !is_writing;
+            if has_left || now.instant >= *until {
+                let reason = match reason {
+                    EndReason::Membership(reason) => report::variant(reason),
+                    reason => report::variant(reason),
+                };
+                let step = Step::Ended { reason };
                 self.timeline.add(now.instant, step);
                 self.over();
                 return now.instant;

@@ -150,8 +150,17 @@ pub enum Input {
         /// Which track.
         track: LocalTrackId,
         /// Why not.
-        result: Result<(), String>,
+        result: Result<(), PublishFailure>,
     },
+}
+
+/// Why a connection does not carry a track.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PublishFailure {
+    /// The connection has ended.
+    Closed,
+    /// The SFU refuses the track, with its words.
+    Refused(String),
 }
 
 /// What to do now.

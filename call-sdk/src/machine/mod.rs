@@ -36,7 +36,7 @@ pub use membership::{
     own::{DelegationError, EndReason as MembershipEnd, NoDelayedLeave, OwnConfig, Task},
     wire::MembershipMode,
 };
-pub use messages::{AccessWanted, CallStatus, Grant, Input, Output, RequestId};
+pub use messages::{AccessWanted, CallStatus, Grant, Input, Output, PublishFailure, RequestId};
 pub use notify::{Attention, Invite, InviteEnd};
 pub use peers::{IncomingTrack, TrackRoute};
 pub use report::{CallReport, Entry, MemberReport, Step, TrackReport};

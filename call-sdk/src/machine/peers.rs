@@ -77,7 +77,7 @@ pub(crate) struct Peers {
 }
 
 /// Members that left whose replay memory is kept.
-const MAX_FORMER: usize = 64;
+const MAX_FORMER: usize = 512;
 
 #[derive(Debug)]
 pub(crate) struct Peer {

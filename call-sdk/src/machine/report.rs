@@ -18,6 +18,8 @@ use crate::{
 
 /// Entries that are kept; the oldest half of a longer call is dropped, and counted.
 const MAX_ENTRIES: usize = 2048;
+/// Most members that get a number of their own.
+const MAX_NUMBERS: usize = 16_384;
 
 /// A step of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -219,8 +221,11 @@ impl Timeline {
         self.entries.push_back(Entry { at_ms: self.at_ms(now), step });
     }
 
-    /// The number that stands for a member.
+    /// The number that stands for a member; 0 once there were very many.
     pub(crate) fn number(&mut self, member: &MemberKey) -> usize {
+        if self.numbers.len() >= MAX_NUMBERS && !self.numbers.contains_key(member) {
+            return 0;
+        }
         let next = self.numbers.len() + 1;
         *self.numbers.entry(member.clone()).or_insert(next)
     }
@@ -244,6 +249,12 @@ impl Timeline {
     pub(crate) fn dropped(&self) -> u64 {
         self.dropped
     }
+}
+
+/// The name of an enum's variant, without what is in it: texts of servers may name users and rooms.
+pub(crate) fn variant(value: &dyn std::fmt::Debug) -> String {
+    let text = format!("{value:?}");
+    text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
 }
 
 /// A focus by its host name: paths and queries may hold secrets of a deployment.

@@ -3,7 +3,7 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use antiphon_call_sdk::{CallEvent, CallOptions, Member, Reliability, TrackSummary, UserData};
+use antiphon_call_sdk::{CallError, CallEvent, CallOptions, Member, Reliability, TrackSummary, UserData};
 use antiphon_examples::{Place, init};
 use anyhow::Result;
 use clap::Parser;
@@ -36,7 +36,15 @@ struct Options {
 async fn main() -> Result<ExitCode> {
     init();
     let options = Options::parse();
-    let mut call = options.place.join_call(CallOptions::default()).await?;
+    let mut call = match options.place.join_call(CallOptions::default()).await {
+        Ok(call) => call,
+        Err(error) => {
+            if let Some(report) = error.downcast_ref::<CallError>().and_then(CallError::report) {
+                println!("{}", report.to_json());
+            }
+            return Err(error);
+        }
+    };
     if let Some(send) = &options.send {
         let (topic, text) = send.split_once('=').unwrap_or((send, ""));
         let message = UserData { payload: text.into(), topic: Some(topic.to_owned()) };

@@ -19,7 +19,7 @@ use crate::{
         CallEvent, CallStatus, ConnectFailureKind, EncryptionPolicy, EndReason, RolloutConfig,
         membership::wire::{MembershipMode, STICKY_TYPE},
     },
-    matrix::{ApiVersion, DelayedAction, MatrixRequest, OwnTrust},
+    matrix::{ApiVersion, DelayedAction, MatrixRequest, OwnTrust, SlotEvent},
     media::{EncodedFrame, TrackSpec},
     member::ParticipantIdentity,
     transport::{DisconnectReason, LiveKitFocus, TransportEvent},
@@ -230,7 +230,7 @@ async fn unencrypted_room_has_an_unencrypted_call_unless_that_is_refused() {
     let required = options().with_encryption(EncryptionPolicy::Required);
     let dial = Arc::new(Dial(Arc::default(), vec![focus("own")]));
     let refused = Call::join_through(Arc::new(script), dial, required).await;
-    assert!(matches!(refused, Err(CallError::Ended(EndReason::NotEncrypted))), "{refused:?}");
+    assert!(matches!(refused, Err(CallError::Ended { reason: EndReason::NotEncrypted, .. })), "{refused:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -378,6 +378,47 @@ async fn sticky_membership_follows_the_issuer_of_a_later_token() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn encryption_switched_on_during_a_sticky_call_keeps_its_members() {
+    let script = Script::new(false);
+    let own = focus("own");
+    let (call, mut events, _) = join_sticky(&script, MembershipMode::Matrix2, &own, Endpoint::GetToken).await;
+    script.encrypt_room();
+    next(&mut events, |e| matches!(e, CallEvent::EncryptionEnabled)).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let slot = script.server.lock().unwrap().view.slots[0].content.clone();
+    assert_eq!(slot["encryption"]["type"], "org.matrix.msc4143.per_member", "{slot}");
+    assert_eq!(*call.watch_status().borrow(), CallStatus::Joined);
+    assert_eq!(memberships(&script).len(), 2, "the membership is written once more, encrypted now");
+    assert!(script.is_listed("@alice:example.org"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn closed_slot_is_opened_for_sticky_members_and_is_nothing_to_state_members() {
+    for mode in [MembershipMode::Matrix2, MembershipMode::Compatibility] {
+        let script = Script::new(true);
+        let closed = SlotEvent { slot_id: "m.call#ROOM".to_owned(), content: json!({ "status": "closed" }) };
+        script.server.lock().unwrap().view.slots.push(closed);
+        let (call, ..) = join_sticky(&script, mode, &focus("own"), Endpoint::GetToken).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(*call.watch_status().borrow(), CallStatus::Joined, "{mode:?}");
+        let status = script.server.lock().unwrap().view.slots[0].content["status"].clone();
+        let expected = if mode == MembershipMode::Matrix2 { "open" } else { "closed" };
+        assert_eq!(status, expected, "{mode:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn focus_without_an_authorisation_service_is_joined_in_the_merged_form() {
+    let script = Script::new(true);
+    let own = LiveKitFocus { service: None, sfu: Some("wss://own.example".parse().unwrap()) };
+    let homeserver = Endpoint::Homeserver(ApiVersion::Stable);
+    let (_call, ..) = join_sticky(&script, MembershipMode::Compatibility, &own, homeserver).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let written = memberships(&script);
+    assert_eq!(written[0]["transports"]["published"][0]["type"], "m.livekit", "{written:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn token_of_another_focus_does_not_publish_our_membership() {
     let script = Script::new(true);
     script.join(BOB, "BOB", &focus("other"));
@@ -506,6 +547,10 @@ async fn refusal_by_every_focus_fails_the_join_with_the_cause() {
     *sfus.refuse.lock().unwrap() = Some(lost(ConnectFailureKind::SfuRefused));
     let connector = Arc::new(Dial(sfus, vec![focus("own")]));
     let refused = Call::join_through(Arc::new(script.clone()), connector, options()).await;
-    assert!(matches!(refused, Err(CallError::Ended(EndReason::NoFocus(_)))), "{refused:?}");
+    let Err(error @ CallError::Ended { reason: EndReason::NoFocus(_), .. }) = refused else {
+        panic!("{refused:?}");
+    };
+    let report = error.report().unwrap().to_json();
+    assert!(report.contains("ended") && !report.contains("https://own.example"), "{report}");
     assert!(!script.is_listed("@alice:example.org"), "nothing stays behind");
 }

@@ -22,13 +22,13 @@ use crate::{
     machine::{
         AccessWanted, ConnectFailure, ConnectFailureKind,
         media_keys::wire::{KeySender, messages},
-        membership::wire::{MembershipMode, OwnDescription, STICKY_TYPE, membership},
+        membership::wire::{MembershipMode, OwnDescription, SLOT_TYPE, STICKY_TYPE, membership},
         testing,
     },
     matrix::{
         ApiVersion, DelayId, DelayedAction, Delivery, EventTarget, EventWrite, Jwt, MatrixError, MatrixPort,
         MatrixReply, MatrixRequest, MatrixUpdate, MemberEvent, OlmSender, OwnTrust, RequestError, RoomView,
-        ServerSupport, ToDeviceBatch, ToDeviceEvent, TrustPolicy,
+        ServerSupport, SlotEvent, ToDeviceBatch, ToDeviceEvent, TrustPolicy,
     },
     media::{Codec, TrackSource, TrackSpec},
     member::{Device, Member, MemberId, MembershipForm, ParticipantIdentity, Slot},
@@ -143,6 +143,12 @@ impl Homeserver {
         self.events += 1;
         let event_id: ruma_common::OwnedEventId = format!("${}", self.events).try_into().unwrap();
         let sent = now().unix;
+        if let (SLOT_TYPE, EventTarget::State { key }) = (&*event.event_type, &event.target) {
+            self.view.slots.retain(|slot| slot.slot_id != *key);
+            self.view.slots.push(SlotEvent { slot_id: key.clone(), content: event.content });
+            self.tell(MatrixUpdate::RoomChanged);
+            return event_id;
+        }
         let (form, state_key, sticky_until) = match event.target {
             EventTarget::State { key } => (MembershipForm::State, Some(key), None),
             EventTarget::Message { sticky: Some(sticky) } if event.event_type == STICKY_TYPE => {
@@ -380,8 +386,11 @@ impl Connector for Dial {
             }
             Endpoint::SfuGet => ParticipantIdentity::of_device(user_id, device_id),
         };
-        let service = wanted.focus.service.as_ref().unwrap().as_str();
-        let url = service.replace("https", "wss");
+        let LiveKitFocus { service, sfu } = &wanted.focus;
+        let url = match (service, sfu) {
+            (Some(service), _) => service.as_str().replace("https", "wss"),
+            (None, sfu) => sfu.as_ref().unwrap().to_string(),
+        };
         Ok(SfuAccess {
             request: AccessRequest {
                 focus: wanted.focus.clone(),

@@ -126,7 +126,7 @@ impl CallMachine {
             own::Event::LeaveDelegated => self.tell(CallEvent::LeaveDelegated),
             own::Event::DelegationFailed(error) => self.tell(CallEvent::DelegationFailed(error)),
             own::Event::Trouble { doing, error, .. } => {
-                self.timeline.add(now.instant, Step::MembershipTrouble { reason: error.to_string() });
+                self.timeline.add(now.instant, Step::MembershipTrouble { reason: report::variant(&error) });
                 self.tell(CallEvent::MembershipTrouble { doing, error });
             }
             own::Event::Recovered => self.tell(CallEvent::MembershipRecovered),
@@ -159,10 +159,24 @@ impl CallMachine {
             Ok(foci) => {
                 self.timeline.add(now.instant, Step::Discovered { foci: foci.len() });
                 self.discovered = true;
+                self.take_mode_for(&foci);
                 self.foci.set(foci);
                 self.run_when_ready(now);
             }
             Err(failure) => self.leave(now, EndReason::NoFocus(failure)),
+        }
+    }
+
+    /// A homeserver that names SFUs without an authorisation service issues their tokens itself, and those are for the
+    /// merged form only.
+    fn take_mode_for(&mut self, foci: &[(LiveKitFocus, NamedBy)]) {
+        let needs_homeserver = !foci.is_empty() && foci.iter().all(|(focus, _)| focus.service.is_none());
+        let has_sticky = self.support.as_ref().is_some_and(|support| support.sticky_events);
+        if needs_homeserver && has_sticky && self.config.mode != MembershipMode::Matrix2Merged {
+            tracing::info!(
+                "the focus has no authorisation service: the membership is written in the merged form"
+            );
+            self.config.mode = MembershipMode::Matrix2Merged;
         }
     }
 
@@ -226,6 +240,10 @@ impl CallMachine {
             return;
         }
         self.tell(CallEvent::EncryptionEnabled);
+        // The event of a slot in an encrypted room has to name the encryption; without it no sticky member counts.
+        if self.config.mode.form() == MembershipForm::Sticky && !self.config.observe {
+            self.open_slot(now);
+        }
         // Peers are told by TrackInfo that these tracks are encrypted, so they are published again.
         for (track, local) in &mut self.locals {
             if let Some(connection) = local.on.take() {
@@ -261,7 +279,14 @@ impl CallMachine {
             }
             self.own.handle(now, input);
         }
-        if self.roster.slot_status() == SlotStatus::Closed && self.own.status() == own::Status::Connected {
+        // State members count in a closed slot, too.
+        let just_opened =
+            self.slot_opened.is_some_and(|at| now.instant.saturating_duration_since(at) < SLOT_SHOWN_AFTER);
+        if self.roster.slot_status() == SlotStatus::Closed
+            && self.config.mode.form() == MembershipForm::Sticky
+            && self.own.status() == own::Status::Connected
+            && !just_opened
+        {
             self.own.handle(now, own::Input::SlotClosed);
         }
     }
@@ -308,10 +333,9 @@ impl CallMachine {
         self.phase = Phase::Running;
         // Merged MSC4143 knows no call without an open slot. Without the power to write it the call goes on: deployed
         // readers take a missing slot for an open one.
-        if self.config.mode.form() == MembershipForm::Sticky
-            && self.roster.slot_status() == SlotStatus::Absent
+        if self.config.mode.form() == MembershipForm::Sticky && self.roster.slot_status() != SlotStatus::Open
         {
-            self.write(Origin::Write, slots::open(&self.slot, self.room.encrypted));
+            self.open_slot(now);
         }
         self.take_identity(now);
         self.want_connections(now);
@@ -326,6 +350,12 @@ impl CallMachine {
         if let Some(description) = self.describe() {
             self.own.handle(now, own::Input::SetDescription(description));
         }
+    }
+
+    /// Writes that our slot is open, for the room as it is now.
+    fn open_slot(&mut self, now: Now) {
+        self.slot_opened = Some(now.instant);
+        self.write(Origin::Write, slots::open(&self.slot, self.room.encrypted));
     }
 
     /// Publishes our membership once our focus has given us a token: before that nobody could hear us.

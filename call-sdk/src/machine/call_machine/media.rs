@@ -24,8 +24,8 @@ impl CallMachine {
                 self.refresh_status();
             }
             RouteOutput::Failed { focus, ours, failure, failures } => {
-                let step =
-                    Step::ConnectionFailed { focus: report::host(&focus), reason: failure.message.clone() };
+                let reason = report::variant(&failure.kind);
+                let step = Step::ConnectionFailed { focus: report::host(&focus), reason };
                 self.timeline.add(now.instant, step);
                 if ours {
                     self.own_focus_failed(now, &failure, failures);
@@ -92,7 +92,7 @@ impl CallMachine {
         now: Now,
         connection: ConnectionId,
         track: LocalTrackId,
-        result: Result<(), String>,
+        result: Result<(), PublishFailure>,
     ) {
         if !self.routing.is_current(connection) {
             return;
@@ -106,7 +106,9 @@ impl CallMachine {
                     self.outputs.push_back(Output::TrackReady { track, result: Ok(()) });
                 }
             }
-            Err(reason) => {
+            // The connection is about to be reported as lost; the track moves to the next one.
+            Err(PublishFailure::Closed) => {}
+            Err(PublishFailure::Refused(reason)) => {
                 let told = local.told;
                 self.locals.remove(&track);
                 if told {
@@ -129,13 +131,13 @@ impl CallMachine {
         let Some(connection) = self.routing.ours() else { return };
         let destinations = to
             .iter()
-            .filter_map(|key| self.peers.get(key)?.member.identities.first().cloned())
+            .filter_map(|key| self.peers.get(key))
+            // On our focus a member of another one may have any of its identities.
+            .flat_map(|peer| peer.member.identities.iter().cloned())
             .collect::<Vec<_>>();
-        if destinations.len() < to.len() {
-            tracing::debug!("a data message for a member who left");
-            if destinations.is_empty() {
-                return;
-            }
+        if !to.is_empty() && destinations.is_empty() {
+            tracing::debug!("a data message for members who left");
+            return;
         }
         self.outputs.push_back(Output::SendData { connection, reliability, destinations, message });
     }
