@@ -37,7 +37,7 @@ pub struct CallOptions {
     pub password: Option<Zeroizing<String>>,
     /// The focus to publish to, instead of the homeserver's.
     pub focus: Option<LiveKitFocus>,
-    /// Foci for homeservers that name none.
+    /// Foci for homeservers that name none, or whose foci are down.
     pub fallback_foci: Vec<LiveKitFocus>,
     /// Which authorisation services get our OpenID tokens, and which addresses are connected to.
     pub services: ServicePolicy,

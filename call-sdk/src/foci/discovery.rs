@@ -3,7 +3,8 @@
 //! Sources, first usable one wins: the application's option; the homeserver's `rtc/transports` endpoint; the well-known
 //! file of the user's domain; the application's fallback list; the focus of the oldest member of the call. A source
 //! that answers with an empty list, with transports that we cannot use, or with an error is passed over, and
-//! [`NoFocus`] tells what every source answered.
+//! [`NoFocus`] tells what every source answered. After the homeserver's foci come the fallback list and the members' foci,
+//! for the time when those are down.
 
 use std::{collections::VecDeque, fmt, time::Duration};
 
@@ -235,8 +236,14 @@ impl Discovery {
         self.wait = Duration::ZERO;
         let error = match answer {
             Ok(foci) => {
-                let candidates = candidates(foci.into_iter().map(|focus| (focus, NamedBy::Homeserver)));
+                let mut candidates = candidates(foci.into_iter().map(|focus| (focus, NamedBy::Homeserver)));
                 if !candidates.is_empty() {
+                    // For when those are down.
+                    for further in self.fallback.iter().chain(&self.members) {
+                        if !candidates.iter().any(|known| known.focus.is_same_as(&further.focus)) {
+                            candidates.push(further.clone());
+                        }
+                    }
                     self.found = Some((Source::Homeserver(source), candidates));
                     return;
                 }
@@ -383,6 +390,20 @@ mod tests {
         let options = DiscoveryOptions { focus: Some(focus("https://mine.example")), ..Default::default() };
         let discovery = discovery(&options, Some(ApiVersion::Stable), &[]);
         assert_eq!(found(&discovery), (Source::Option, vec!["https://mine.example".to_owned()]));
+    }
+
+    #[test]
+    fn fallback_and_members_follow_the_homeservers_foci() {
+        let options = DiscoveryOptions {
+            fallback: ["https://own.example", "https://spare.example"].map(focus).into(),
+            ..Default::default()
+        };
+        let mut other = state_member("@other:example.org", "D", 0);
+        other.transports = vec![Transport::LiveKit(focus("https://theirs.example"))];
+        let mut discovery = discovery(&options, None, &[other]);
+        discovery.answered(Ok(vec![focus("https://own.example")]));
+        let wanted = ["own", "spare", "theirs"].map(|name| format!("https://{name}.example"));
+        assert_eq!(found(&discovery), (Source::Homeserver(UNSTABLE), wanted.to_vec()));
     }
 
     #[test]
