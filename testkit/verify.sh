@@ -75,6 +75,9 @@ check() {
   local any=(--workspace --ignore-rust-version --locked)
   step "format" cargo fmt --all --check
   step "clippy" cargo clippy "${any[@]}" --all-targets -- -D warnings
+  # The SDK without features, as programs with a shell of their own use it.
+  step "clippy without features" cargo clippy --package antiphon-call-sdk --no-default-features --ignore-rust-version \
+    --locked -- -D warnings
   RUSTDOCFLAGS="-D warnings" step "documentation" cargo doc "${any[@]}" --no-deps
   step "bot outside the workspace" embed
   step "build of the tests" cargo test "${any[@]}" --no-run
@@ -199,21 +202,24 @@ tests() {
 
 fuzz_build() {
   fuzz_out=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
-  cargo metadata --manifest-path jwt-service/fuzz/Cargo.toml --locked --format-version 1 >/dev/null ||
-    fail "jwt-service/fuzz/Cargo.lock is behind: call cargo metadata there without --locked, and commit it"
-  # No sanitizer: they find errors of memory, which safe Rust does not make, at twice the time. Without one
-  # this needs no flag that only nightly compilers take.
-  (cd jwt-service && PATH=$peers/bin:$PATH cargo fuzz build --sanitizer none --target-dir "$fuzz_out")
+  local crate
+  for crate in jwt-service call-sdk; do
+    cargo metadata --manifest-path $crate/fuzz/Cargo.toml --locked --format-version 1 >/dev/null ||
+      fail "$crate/fuzz/Cargo.lock is behind: call cargo metadata there without --locked, and commit it"
+    # No sanitizer: they find errors of memory, which safe Rust does not make, at twice the time. Without one
+    # this needs no flag that only nightly compilers take.
+    (cd $crate && PATH=$peers/bin:$PATH cargo fuzz build --sanitizer none --target-dir "$fuzz_out")
+  done
 }
 
 fuzz() {
   local host target
   host=$(rustc -vV | sed -n 's/^host: //p')
   export fuzz_out fuzz_bin=$fuzz_out/$host/release
-  for target in jwt-service/fuzz/targets/*.rs; do basename "$target" .rs; done | xargs -P 2 -I TARGET bash -c '
+  for target in {jwt-service,call-sdk}/fuzz/targets/*.rs; do basename "$target" .rs; done | xargs -P 2 -I TARGET bash -c '
     new=$fuzz_out/corpus/TARGET log=$fuzz_out/TARGET.log
     mkdir -p "$new"
-    if "$fuzz_bin/TARGET" "$new" jwt-service/fuzz/corpus/TARGET -max_total_time=30 -timeout=10 -max_len=4096 \
+    if "$fuzz_bin/TARGET" "$new" */fuzz/corpus/TARGET -max_total_time=30 -timeout=10 -max_len=4096 \
       -rss_limit_mb=1024 -artifact_prefix="$fuzz_out/TARGET-" >"$log" 2>&1
     then
       echo "TARGET: $(tail -n 1 "$log")"

@@ -23,6 +23,10 @@
 //!
 //! Without features the crate is the call machine, frame encryption, RTP packets and recordings: no sockets, no
 //! threads, no clock.
+#![cfg_attr(
+    not(all(feature = "shell", feature = "webrtc")),
+    allow(dead_code, unused_imports, reason = "what only the shell or the transports use")
+)]
 
 #[cfg(feature = "shell")]
 mod addresses;
