@@ -60,6 +60,30 @@ fn two_hundred_members_join_within_a_minute() {
 }
 
 #[test]
+fn two_hundred_members_join_in_foul_weather() {
+    let mut world = World::new(2, Weather::foul());
+    join_over(&mut world, 100, 30 * SECOND);
+    world.restart_homeserver(10 * SECOND);
+    join_over(&mut world, 100, 30 * SECOND);
+    for leaver in [20, 70, 120] {
+        world.leave(leaver);
+        world.kill(leaver + 1);
+        world.run(SECOND);
+    }
+    world.run(60 * SECOND);
+    let took = world.run_until(240 * SECOND, World::all_decrypt);
+    assert!(took.is_some(), "{}", pairs_that_do_not(&world));
+    assert_leavers_read_nothing(&world);
+    let (joins, present) = (200 * 199, world.present().len());
+    println!(
+        "200 members in foul weather, six of whom leave: {} to-device messages; the minimum is {joins} for the joins and \
+         {} each time that everybody replaces the key",
+        world.messages,
+        present * (present - 1)
+    );
+}
+
+#[test]
 fn churn_in_foul_weather_ends_with_every_pair_decrypting() {
     for seed in 10..16 {
         let mut world = World::new(seed, Weather::foul());
