@@ -493,14 +493,9 @@ fn has_state(update: &JoinedRoomUpdate) -> bool {
     let (State::Before(state) | State::After(state)) = &update.state;
     let is_state = |event: &matrix_sdk::deserialized_responses::TimelineEvent| {
         matches!(&event.kind, TimelineEventKind::PlainText { event }
-            if WireEvent::parse(event.json().get()).is_some_and(|event| is_of_state(&event)))
+            if WireEvent::parse(event.json().get()).is_some_and(|event| event.state_key.is_some()))
     };
     !state.is_empty() || update.timeline.events.iter().any(is_state)
-}
-
-/// A state event, or a redaction, which may have emptied one.
-fn is_of_state(event: &WireEvent) -> bool {
-    event.state_key.is_some() || event.event_type == "m.room.redaction"
 }
 
 /// Nothing that matrix-sdk passes on, yet the room was in the answer: it may have held sticky events only.

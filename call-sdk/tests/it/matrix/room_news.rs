@@ -1,8 +1,6 @@
 //! The port reports room changes, invites, reactions, redactions and failing syncs.
 
-use antiphon_call_sdk::matrix::{
-    EventTarget, EventWrite, MatrixPort as _, MatrixRequest, MatrixUpdate, RoomEvent,
-};
+use antiphon_call_sdk::matrix::{MatrixPort as _, MatrixRequest, MatrixUpdate, RoomEvent};
 use serde_json::json;
 use tokio::sync::mpsc;
 
@@ -97,27 +95,4 @@ async fn dropped_receiver_ends_the_listener() {
     let mut again = port.updates().await;
     send(&port, message("m.reaction", json!({"x": 1}), None)).await;
     event(&mut again).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn redacted_state_membership_is_told_and_emptied() {
-    let homeserver = homeserver().await;
-    let (alice, bob) = (User::new(&homeserver, "alice").await, User::new(&homeserver, "bob").await);
-    let room = alice.create_room(true, &[&bob]).await;
-    let (port, bobs) = (alice.port(&room), bob.port(&room));
-    let mut updates = bobs.updates().await;
-    let join = MatrixRequest::Send(EventWrite {
-        event_type: "org.matrix.msc3401.call.member".to_owned(),
-        target: EventTarget::State { key: "_@alice_D_m.call".to_owned() },
-        content: json!({ "application": "m.call", "call_id": "", "device_id": "D" }),
-    });
-    let event_id = send(&port, join).await;
-    view_until(&bobs, &mut updates, |view| (view.members.len() == 1).then_some(())).await;
-    send(&port, MatrixRequest::Redact { event_id, reason: None }).await;
-    let seen = view_until(&bobs, &mut updates, |view| {
-        view.members.iter().find(|member| member.redacted_by.is_some()).cloned()
-    })
-    .await;
-    assert_eq!(seen.content, json!({}));
-    assert_eq!(seen.redacted_by.as_deref(), alice.session.client().user_id());
 }
