@@ -2,7 +2,7 @@
 //! received frames to files ([`TrackFile`]), and saying what goes wrong ([`trouble`]).
 #![allow(clippy::disallowed_methods, reason = "a program is a shell: it owns the clock and the tasks")]
 
-use antiphon_call_sdk::{LocalTrack, Recording, WriteError, frame_crypto::SealError};
+use antiphon_call_sdk::{LocalTrack, Recording, WriteError};
 
 mod in_call;
 mod place;
@@ -54,7 +54,8 @@ pub async fn play_layers(track: &LocalTrack, layers: &[Recording]) -> Result<(),
         tokio::time::sleep_until(start + frame.timestamp).await;
         match track.write_layer(layer, &frame) {
             // The first moment of a call: our key does not exist yet, so there is nothing to send.
-            Ok(()) | Err(WriteError::Seal(SealError::MissingKey(_))) => {}
+            Ok(()) => {}
+            Err(error) if error.is_before_our_key() => {}
             Err(error) => return Err(error),
         }
     }

@@ -296,7 +296,7 @@ impl CallMachine {
                 Err(failure) => self.connection_failed(now, connection, failure),
             },
             Input::Transport { connection, event } => self.transport_event(now, connection, event),
-            Input::Published { connection, track, result } => self.published(now, connection, track, result),
+            Input::Published { connection, track, result } => self.published(connection, track, result),
         }
     }
 

@@ -27,6 +27,7 @@ use rand::CryptoRng;
 use ruma_common::{OwnedDeviceId, OwnedRoomId, OwnedUserId};
 use zeroize::Zeroizing;
 
+pub(crate) use self::inbox::MAX_GONE;
 pub use self::{healing::HealingConfig, inbox::InboxLimits, rollout::RolloutConfig, wire::KeyRejected};
 use self::{
     healing::{Healing, Remedy},

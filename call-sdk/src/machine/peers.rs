@@ -16,7 +16,7 @@ use crate::{
     transport::{ConnectionId, RemoteTrack, Subscription, TrackSid},
 };
 
-use super::stats::TrackCounters;
+use super::{media_keys::MAX_GONE, stats::TrackCounters};
 
 /// Participants that one SFU room may announce to us without a member; the rest are ignored.
 const MAX_STRANGERS: usize = 256;
@@ -76,8 +76,9 @@ pub(crate) struct Peers {
     shared_ring: Option<KeyRing>,
 }
 
-/// Members that left whose replay memory is kept.
-const MAX_FORMER: usize = 512;
+/// Members that left whose replay memory is kept: as many as those whose old keys are recognised, because a key that is
+/// accepted again with an empty memory opens recorded frames.
+const MAX_FORMER: usize = MAX_GONE;
 
 #[derive(Debug)]
 pub(crate) struct Peer {

@@ -271,7 +271,9 @@ impl CallMachine {
         if self.config.observe {
             return;
         }
-        self.own.handle(now, own::Input::LeftBehind(self.left_behind(view)));
+        if !self.own.may_be_listed() {
+            self.own.handle(now, own::Input::LeftBehind(self.left_behind(view)));
+        }
         self.own_event_id = self.own.event_id().map(ToOwned::to_owned);
         if let Some(input) = self.own.sighting(&view.members, self.roster.members()) {
             if matches!(input, own::Input::OwnSeen(own::OwnSighting::Listed { .. })) {

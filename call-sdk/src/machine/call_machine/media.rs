@@ -89,7 +89,6 @@ impl CallMachine {
 
     pub(super) fn published(
         &mut self,
-        now: Now,
         connection: ConnectionId,
         track: LocalTrackId,
         result: Result<(), PublishFailure>,
@@ -118,7 +117,6 @@ impl CallMachine {
                 }
             }
         }
-        let _ = now;
     }
 
     pub(super) fn send_data(

@@ -43,7 +43,7 @@ const MAX_KEPT: usize = 4;
 /// Replaced keys of a member that are recognised.
 const MAX_REPLACED: usize = 32;
 /// Members that left and whose old messages are recognised.
-const MAX_GONE: usize = 512;
+pub(crate) const MAX_GONE: usize = 512;
 /// Devices whose keys were refused by policy that are remembered.
 const MAX_DISTRUSTED: usize = 512;
 /// How long a key waits for its sender to be joined to the room: keys and the room come by different ways.

@@ -221,6 +221,12 @@ impl OwnMembership {
         self.event_ids.back().map(|id| &**id)
     }
 
+    /// Whether the homeserver may list us under the present key. Before that, [`Input::LeftBehind`] counts.
+    #[must_use]
+    pub(crate) fn may_be_listed(&self) -> bool {
+        self.maybe_published
+    }
+
     /// A new member id for the sticky form: a random UUID (version 4).
     pub(crate) fn fresh_member_id(&mut self) -> MemberId {
         let mut bytes = [0; 16];

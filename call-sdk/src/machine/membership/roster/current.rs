@@ -44,8 +44,6 @@ pub(super) struct CurrentEvents {
 
 #[derive(Clone, Debug)]
 struct Known {
-    sticky_key: Option<String>,
-    sticky_rank: UnixMillis,
     event: MemberEvent,
     /// Whether the room was encrypted when the event was read.
     encrypted: bool,
@@ -53,16 +51,6 @@ struct Known {
 }
 
 impl Known {
-    fn of(event: &MemberEvent, membership: Arc<ParsedMembership>, encrypted: bool) -> Self {
-        Self {
-            sticky_key: wire::sticky_key(&event.content).ok().map(str::to_owned),
-            sticky_rank: event.sticky_rank,
-            event: event.clone(),
-            encrypted,
-            membership,
-        }
-    }
-
     /// Whether it was read from this very event.
     fn is(&self, event: &MemberEvent, encrypted: bool) -> bool {
         self.encrypted == encrypted && self.event == *event
@@ -95,7 +83,10 @@ impl CurrentEvents {
             if let Some(id) = &event.event_id {
                 let entry = match before {
                     Some(before) if Arc::ptr_eq(&before.membership, &membership) => before,
-                    _ => Known::of(event, membership.clone(), view.encrypted),
+                    _ => {
+                        let (event, membership) = (event.clone(), membership.clone());
+                        Known { event, encrypted: view.encrypted, membership }
+                    }
                 };
                 known.insert(id.clone(), entry);
             }
@@ -140,11 +131,11 @@ impl CurrentEvents {
         if event.redacted_by.is_none() {
             return event.sticky_until.and_then(|_| wire::sticky_key(&event.content).ok());
         }
-        self.known(event)?.sticky_key.as_deref()
+        wire::sticky_key(&self.known(event)?.event.content).ok()
     }
 
     fn rank<'a>(&self, event: &'a MemberEvent) -> (UnixMillis, Option<&'a EventId>) {
-        let known = self.known(event).map_or(UnixMillis(0), |known| known.sticky_rank);
+        let known = self.known(event).map_or(UnixMillis(0), |known| known.event.sticky_rank);
         (event.sticky_rank.max(known), event.event_id.as_deref())
     }
 

@@ -28,6 +28,9 @@ use crate::{
 const MID: &str = "urn:ietf:params:rtp-hdrext:sdes:mid";
 const RID: &str = "urn:ietf:params:rtp-hdrext:sdes:rtp-stream-id";
 
+/// The audio level of silence (RFC 6464 §3).
+const LOWEST_LEVEL: u8 = 127;
+
 /// A local track on a connection: one stream of packets per simulcast layer.
 #[derive(Clone)]
 pub(in crate::transport) struct OutgoingTrack {
@@ -49,8 +52,9 @@ struct Negotiated {
     extensions: Vec<Vec<(u8, Bytes)>>,
     /// The id of the dependency descriptor, for codecs that need it.
     descriptor: Option<u8>,
-    /// The id of the audio level, if the other side takes it.
-    audio_level: Option<u8>,
+    /// The id of the audio level, if the other side takes it, and the values from 0 to 127 (RFC 6464 §3), to be cut
+    /// out without an allocation per packet. Their first bit would say that a detector found speech.
+    audio_level: Option<(u8, Bytes)>,
 }
 
 /// What receivers report about a track.
@@ -110,7 +114,7 @@ impl OutgoingTrack {
         };
         let descriptor = id(dependency::URI).filter(|_| matches!(self.codec, Codec::Vp9 | Codec::Av1));
         // A second negotiation of the same section changes nothing.
-        let audio_level = id(AUDIO_LEVEL);
+        let audio_level = id(AUDIO_LEVEL).map(|id| (id, (0..=LOWEST_LEVEL).collect()));
         drop(self.negotiated.set(Negotiated { payload_type, extensions, descriptor, audio_level }));
         Ok(())
     }
@@ -154,8 +158,9 @@ impl OutgoingTrack {
                 };
                 header.set_extension(id, descriptor.encode()).map_err(media)?;
             }
-            if let (Some(id), Some(level)) = (negotiated.audio_level, frame.audio_level) {
-                header.set_extension(id, level_octet(level)).map_err(media)?;
+            if let (Some((id, levels)), Some(level)) = (&negotiated.audio_level, frame.audio_level) {
+                let level = usize::from(level.min(LOWEST_LEVEL));
+                header.set_extension(*id, levels.slice(level..=level)).map_err(media)?;
             }
             let packet = rtp::Packet { header, payload: packet.payload };
             self.track.write_rtp(packet).await.map_err(|_| TransportError::Closed)?;
@@ -182,19 +187,4 @@ impl OutgoingTrack {
             }
         }
     }
-}
-
-/// The value of the audio level's extension (RFC 6464 §3). Its first bit would say that a detector found speech.
-fn level_octet(level: u8) -> Bytes {
-    static LEVELS: [u8; 128] = {
-        let mut levels = [0; 128];
-        let mut level = 0;
-        while level < 128 {
-            levels[level] = level as u8;
-            level += 1;
-        }
-        levels
-    };
-    let level = usize::from(level.min(127));
-    Bytes::from_static(&LEVELS[level..=level])
 }
