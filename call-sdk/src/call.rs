@@ -24,7 +24,7 @@ mod pcm;
 mod queue;
 mod shell;
 
-pub use connector::{Connected, Connector};
+pub use connector::{Connected, Connector, PeerOpened};
 pub use error::CallError;
 #[cfg(feature = "webrtc")]
 pub use livekit::{LiveKitConnector, LiveKitOptions};

@@ -50,7 +50,8 @@ pub mod transport;
 
 #[cfg(feature = "shell")]
 pub use call::{
-    Call, CallError, CallEvents, CallOptions, Connected, Connector, LocalTrack, TrackSummary, WriteError,
+    Call, CallError, CallEvents, CallOptions, Connected, Connector, LocalTrack, PeerOpened, TrackSummary,
+    WriteError,
 };
 #[cfg(feature = "webrtc")]
 pub use call::{LiveKitConnector, LiveKitOptions};

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 
 use super::{
-    connector::{Connected, Connector},
+    connector::{Connected, Connector, PeerOpened},
     shell::describe,
 };
 use crate::{
@@ -14,14 +14,18 @@ use crate::{
         discover,
     },
     machine::{AccessWanted, ConnectFailure, ConnectFailureKind},
-    matrix::{DelayId, MatrixPort, RequestError, ServerSupport},
-    member::Member,
+    matrix::{DelayId, MatrixPort, MatrixReply, MatrixRequest, RequestError, ServerSupport},
+    member::{Member, ParticipantIdentity},
     tls::{TlsError, TlsOptions, client_config},
     transport::{
         LiveKitFocus, NamedBy, TransportError,
         livekit::{Bind, ConnectOptions, IceServer, LiveKitTransport},
+        mesh::{MeshConnection, MeshOptions},
     },
 };
+
+/// How long the homeserver may take to tell its TURN servers.
+const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How LiveKit SFUs are found and connected to.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +43,8 @@ pub struct LiveKitOptions {
     pub ice_servers: Vec<IceServer>,
     /// Whether media travels through TURN servers only, so that the SFU does not learn our address.
     pub relay_only: bool,
+    /// Whether mesh peers learn the addresses of our interfaces.
+    pub host_candidates: bool,
 }
 
 /// Finds, enters and connects to LiveKit SFU rooms.
@@ -50,6 +56,7 @@ pub struct LiveKitConnector {
     bind: Bind,
     ice_servers: Vec<IceServer>,
     relay_only: bool,
+    mesh: MeshOptions,
 }
 
 impl LiveKitConnector {
@@ -60,8 +67,16 @@ impl LiveKitConnector {
     pub fn new(options: LiveKitOptions) -> Result<Self, TlsError> {
         let tls = client_config(&options.tls)?;
         let access = Access::new(&tls, options.policy)?;
-        let LiveKitOptions { discovery, bind, ice_servers, relay_only, .. } = options;
-        Ok(Self { discovery, access, tls, bind, ice_servers, relay_only })
+        let addresses = options.policy.addresses;
+        let LiveKitOptions { discovery, bind, ice_servers, relay_only, host_candidates, .. } = options;
+        let mut mesh = MeshOptions::default();
+        mesh.bind.clone_from(&bind);
+        mesh.ice_servers.clone_from(&ice_servers);
+        mesh.relay_only = relay_only;
+        mesh.host_candidates = host_candidates;
+        mesh.tls = Some(Arc::clone(&tls));
+        mesh.addresses = addresses;
+        Ok(Self { discovery, access, tls, bind, ice_servers, relay_only, mesh })
     }
 }
 
@@ -115,6 +130,26 @@ impl Connector for LiveKitConnector {
                 Err(ConnectFailure::new(kind, describe(&error)))
             }
         }
+    }
+
+    async fn open_peer(
+        &self,
+        port: &dyn MatrixPort,
+        identity: &ParticipantIdentity,
+    ) -> Result<PeerOpened, ConnectFailure> {
+        let mut options = self.mesh.clone();
+        match port.perform(MatrixRequest::TurnServers, TURN_TIMEOUT).await {
+            Ok(MatrixReply::Turn(turn)) if !turn.uris.is_empty() => options.ice_servers.push(IceServer {
+                urls: turn.uris.clone(),
+                username: turn.username.clone(),
+                credential: turn.password.clone(),
+            }),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the homeserver does not tell its TURN servers"),
+        }
+        MeshConnection::open(options, identity.clone())
+            .await
+            .map_err(|error| ConnectFailure::new(ConnectFailureKind::PeerUnreachable, describe(&error)))
     }
 
     async fn delegate_leave(

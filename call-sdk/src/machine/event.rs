@@ -316,6 +316,8 @@ pub enum ConnectFailureKind {
     SfuFull,
     /// The SFU cannot be reached.
     SfuUnreachable,
+    /// A mesh peer cannot be reached.
+    PeerUnreachable,
     /// An established connection ended.
     Lost,
 }

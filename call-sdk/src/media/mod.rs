@@ -45,7 +45,8 @@ impl Codec {
 }
 
 /// The device or surface that a track captures; peers choose their layout by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum TrackSource {
     /// A microphone.
@@ -57,6 +58,7 @@ pub enum TrackSource {
     /// The audio of a shared screen.
     ScreenShareAudio,
     /// Not stated by the sender, or not known to this crate.
+    #[serde(other)]
     Unknown,
 }
 

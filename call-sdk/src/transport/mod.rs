@@ -15,13 +15,16 @@ use crate::{
 mod focus;
 #[cfg(feature = "webrtc")]
 pub mod livekit;
+pub mod mesh;
 pub mod rtc;
 #[cfg(feature = "shell")]
 mod seam;
 
 pub use focus::{FocusUrlError, LiveKitFocus, NamedBy, ServiceUrl, SfuUrl};
 #[cfg(feature = "shell")]
-pub use seam::{FrameReceiver, MediaTransport, Outlet, ReceivedFrame, TransportError, WireFrame};
+pub use seam::{
+    FrameReceiver, MediaTransport, MeshTransport, Outlet, ReceivedFrame, TransportError, WireFrame,
+};
 
 /// Where one member's media travels.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,7 +32,14 @@ pub use seam::{FrameReceiver, MediaTransport, Outlet, ReceivedFrame, TransportEr
 pub enum Transport {
     /// Over a LiveKit SFU.
     LiveKit(LiveKitFocus),
+    /// From member to member, without an SFU.
+    Mesh(MeshSession),
 }
+
+/// One process of a member in the mesh of one call: random, and new whenever the member joins. It ties signalling to
+/// the membership that names it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MeshSession(pub String);
 
 impl Transport {
     /// The LiveKit focus, if it is one.
@@ -37,6 +47,16 @@ impl Transport {
     pub fn livekit(&self) -> Option<&LiveKitFocus> {
         match self {
             Self::LiveKit(focus) => Some(focus),
+            Self::Mesh(_) => None,
+        }
+    }
+
+    /// The mesh session, if it is one.
+    #[must_use]
+    pub fn mesh(&self) -> Option<&MeshSession> {
+        match self {
+            Self::LiveKit(_) => None,
+            Self::Mesh(session) => Some(session),
         }
     }
 }
@@ -49,6 +69,17 @@ pub struct ConnectionId {
     pub route: u32,
     /// How often it was opened before.
     pub generation: u32,
+}
+
+impl ConnectionId {
+    /// The first route of mesh peers; those below it lead to foci.
+    pub(crate) const FIRST_MESH_ROUTE: u32 = 1 << 16;
+
+    /// Whether it is the connection to a mesh peer.
+    #[must_use]
+    pub fn is_mesh(self) -> bool {
+        self.route >= Self::FIRST_MESH_ROUTE
+    }
 }
 
 impl fmt::Display for ConnectionId {
@@ -284,6 +315,8 @@ pub enum TransportEvent {
         /// Its content.
         body: DataBody,
     },
+    /// A mesh connection answers its signalling.
+    Negotiated(mesh::Negotiated),
     /// The connection is being restored; frames may be lost meanwhile.
     Reconnecting,
     /// The connection is back; local tracks are published again.

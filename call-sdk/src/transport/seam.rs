@@ -105,6 +105,13 @@ pub trait MediaTransport: Send + Sync + fmt::Debug {
     async fn close(&self);
 }
 
+/// A connection to one mesh peer. Its [`Negotiated`](super::mesh::Negotiated) events come with the others; `Up` follows
+/// the stages, and it never ends by itself: signalling decides.
+pub trait MeshTransport: MediaTransport {
+    /// Does what signalling asks, in order and without waiting.
+    fn negotiate(&self, command: super::mesh::Negotiate);
+}
+
 /// Why a transport could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -324,6 +324,7 @@ impl CallMachine {
             TransportEvent::Data { identity, reliability, body } => {
                 self.data(connection, &identity, reliability, body);
             }
+            TransportEvent::Negotiated(_) => {}
             TransportEvent::Reconnecting => self.tell(CallEvent::Reconnecting(focus)),
             TransportEvent::Reconnected => self.tell(CallEvent::Connected(focus)),
             TransportEvent::Disconnected(reason) => self.disconnected(now, connection, reason),

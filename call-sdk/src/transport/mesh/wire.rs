@@ -1,0 +1,1 @@
+//! The `m.call.*` to-device messages.
