@@ -60,8 +60,8 @@ pub use call::{PcmTrack, PcmWriteError};
 pub use key::{BadKeyLength, KeyIndex, MediaKey};
 pub use machine::{
     Attention, CallEvent, CallReport, CallStatus, ConnectFailure, ConnectFailureKind, EncryptionPolicy,
-    EndReason, HealingConfig, IncomingTrack, Invite, InviteEnd, MembershipMode, NoMediaCause, OwnConfig,
-    RolloutConfig, TrackStats,
+    EndReason, HealingConfig, IncomingTrack, Invite, InviteEnd, MembershipMode, MeshPolicy, MeshReason,
+    NoMediaCause, OwnConfig, RolloutConfig, TrackStats,
 };
 pub use matrix::{OwnTrust, TrustPolicy};
 #[cfg(feature = "matrix-sdk")]

@@ -11,7 +11,7 @@ use crate::{
     frame_crypto::{FrameDecryptor, OpenError, Opened, SifTrailer},
     machine::{CallEvent, Sealing, TrackClock, TrackRoute},
     media::{Codec, EncodedFrame, FramePool},
-    transport::{FrameReceiver, ReceivedFrame, TrackSid},
+    transport::{FrameReceiver, ReceivedFrame, TrackSid, rtc::is_key_frame},
 };
 
 /// Takes the frames of one remote track. The lock is held while a frame is opened and queued, so that after
@@ -105,6 +105,11 @@ impl Inner {
     }
 }
 
+/// Whether a decoder can start with a frame.
+fn can_start(frame: &ReceivedFrame<'_>) -> bool {
+    frame.codec.is_audio() || is_key_frame(frame.codec, frame.payload)
+}
+
 enum Outcome {
     Frame(crate::media::FrameBytes, Option<crate::key::KeyIndex>),
     Refused(OpenError),
@@ -114,14 +119,22 @@ enum Outcome {
 impl FrameReceiver for TrackReceiver {
     fn receive(&self, frame: ReceivedFrame<'_>) {
         let mut inner = self.lock();
+        let at = frame.now.saturating_duration_since(self.begin);
+        let is_moving = inner.route.as_ref().is_some_and(|route| route.choice.is_moving());
+        if is_moving
+            && let Some(route) = &inner.route
+            && !route.choice.admits(route.path, at, can_start(&frame))
+        {
+            return;
+        }
         let outcome = inner.open(&frame, self.sealing.is_encrypted());
         let clock_rate = frame.codec.clock_rate();
         let Inner { route: Some(route), clock, .. } = &mut *inner else { return };
-        let at = frame.now.saturating_duration_since(self.begin);
         route.counters.received(at, frame.payload.len());
         let timestamp = clock.time(&route.clock, frame.now, frame.rtp_timestamp, clock_rate);
         match outcome {
             Outcome::Frame(payload, index) => {
+                route.choice.delivered(route.path, at);
                 route.counters.opened(at, index);
                 let event = CallEvent::Frame {
                     from: Arc::clone(&route.from),
@@ -131,6 +144,8 @@ impl FrameReceiver for TrackReceiver {
                     route.counters.dropped();
                 }
             }
+            // It came by the other path before.
+            Outcome::Refused(OpenError::Replayed(_)) if is_moving => {}
             Outcome::Refused(reason) => {
                 if route.counters.refused(reason) {
                     let event = CallEvent::Undecryptable {

@@ -7,7 +7,8 @@ use zeroize::Zeroizing;
 use crate::{
     foci::ServicePolicy,
     machine::{
-        Attention, EncryptionPolicy, HealingConfig, MachineConfig, MembershipMode, OwnConfig, RolloutConfig,
+        Attention, EncryptionPolicy, HealingConfig, MachineConfig, MembershipMode, MeshPolicy, OwnConfig,
+        RolloutConfig,
     },
     matrix::{MatrixPort, TrustPolicy},
     member::Slot,
@@ -49,8 +50,15 @@ pub struct CallOptions {
     /// STUN and TURN servers in addition to those that SFUs name.
     #[cfg(feature = "webrtc")]
     pub ice_servers: Vec<crate::transport::livekit::IceServer>,
-    /// Whether media travels through TURN servers only, so that SFUs do not learn our address.
+    /// Whether media travels through TURN servers only, so that neither SFUs nor members learn our address.
     pub relay_only: bool,
+    /// When the call does without a focus.
+    pub mesh: MeshPolicy,
+    /// Most members of a call that goes on without its focus, ourselves included.
+    pub mesh_most: usize,
+    /// Whether members learn the addresses of our network interfaces in a mesh: for local networks and VPNs, where
+    /// nobody needs a STUN or TURN server. Loopback addresses are told in any case.
+    pub host_candidates: bool,
     /// Whether the focus's authorisation service is asked to keep our delayed leave (MSC4195) and send it when
     /// the SFU loses this device.
     pub delegate_leave: bool,
@@ -86,6 +94,9 @@ impl Default for CallOptions {
             #[cfg(feature = "webrtc")]
             ice_servers: Vec::new(),
             relay_only: false,
+            mesh: MeshPolicy::default(),
+            mesh_most: MachineConfig::DEFAULT_MESH_MOST,
+            host_candidates: false,
             delegate_leave: false,
             frame_queue: 1024,
             join_timeout: Duration::from_secs(30),
@@ -137,6 +148,12 @@ setters! {
     with_tls(tls: TlsOptions);
     /// Sends media through TURN servers only.
     with_relay_only(relay_only: bool);
+    /// Says when the call does without a focus.
+    with_mesh(mesh: MeshPolicy);
+    /// Bounds the calls that go on without their focus.
+    with_mesh_most(mesh_most: usize);
+    /// Tells members the addresses of our network interfaces in a mesh.
+    with_host_candidates(host_candidates: bool);
     /// Delegates our delayed leave.
     with_delegate_leave(delegate_leave: bool);
     /// Bounds the frames that wait.
@@ -180,6 +197,7 @@ impl CallOptions {
         livekit.bind = self.bind.clone();
         livekit.ice_servers.clone_from(&self.ice_servers);
         livekit.relay_only = self.relay_only;
+        livekit.host_candidates = self.host_candidates;
         livekit
     }
 
@@ -193,6 +211,8 @@ impl CallOptions {
         config.trust = port.trust();
         config.shared_password = self.password.is_some();
         config.delegate_leave = self.delegate_leave;
+        config.mesh = self.mesh;
+        config.mesh_most = self.mesh_most;
         config.observe = observe;
         config.membership = self.membership.clone();
         config.keys = self.keys.clone();

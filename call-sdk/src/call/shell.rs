@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, OnceLock},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -17,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    connector::{Connected, Connector},
+    connector::{Connected, Connector, PeerOpened},
     data::{self, DataSealer},
     incoming::TrackReceiver,
     outgoing::{LocalTrack, Outgoing},
@@ -34,8 +35,8 @@ use crate::{
     member::{Device, Member, MemberKey},
     time::{Now, UnixMillis},
     transport::{
-        ConnectionId, LocalTrackId, MediaTransport, Outlet, Reliability, Subscription, TrackSid,
-        TransportError, TransportEvent, UserData,
+        ConnectionId, LocalTrackId, MediaTransport, MeshTransport, Outlet, Reliability, Subscription,
+        TrackSid, TransportError, TransportEvent, UserData,
     },
 };
 
@@ -68,6 +69,7 @@ enum Done {
     Input(Input),
     Access(ConnectionId, Result<SfuAccess, ConnectFailure>),
     Connected(ConnectionId, Result<Connected, ConnectFailure>),
+    PeerOpened(ConnectionId, Result<PeerOpened, ConnectFailure>),
     Published(ConnectionId, LocalTrackId, Result<Arc<dyn Outlet>, TransportError>),
     Nothing,
 }
@@ -95,6 +97,8 @@ pub(super) struct Shell {
     /// Tokens of connections that are being made, or made.
     access: BTreeMap<ConnectionId, SfuAccess>,
     connections: BTreeMap<ConnectionId, Arc<dyn MediaTransport>>,
+    /// Those of `connections` that lead to mesh peers.
+    pairs: BTreeMap<ConnectionId, Arc<dyn MeshTransport>>,
     /// Tasks that make connections; aborted when the connection is given up.
     making: HashMap<ConnectionId, tokio::task::AbortHandle>,
     receivers: HashMap<(ConnectionId, TrackSid), Arc<TrackReceiver>>,
@@ -125,6 +129,7 @@ impl Shell {
         Self {
             access: BTreeMap::new(),
             connections: BTreeMap::new(),
+            pairs: BTreeMap::new(),
             making: HashMap::new(),
             receivers: HashMap::new(),
             locals: BTreeMap::new(),
@@ -261,6 +266,18 @@ impl Shell {
                     .spawn(async move { Done::Connected(connection, connector.connect(&access).await) });
                 self.making.insert(connection, task);
             }
+            Output::OpenPeer { connection, identity } => {
+                let (port, connector) = self.outside();
+                let task = self.work.spawn(async move {
+                    Done::PeerOpened(connection, connector.open_peer(port.as_ref(), &identity).await)
+                });
+                self.making.insert(connection, task);
+            }
+            Output::Negotiate { connection, command } => {
+                if let Some(pair) = self.pairs.get(&connection) {
+                    pair.negotiate(command);
+                }
+            }
             Output::Close { connection } => self.close_connection(connection),
             Output::Delegate { id, connection, delay_id, delay, timeout } => {
                 let (port, connector) = self.outside();
@@ -281,9 +298,14 @@ impl Shell {
             }
             Output::Publish { connection, track, spec, encrypted } => {
                 let Some(transport) = self.connections.get(&connection).cloned() else { return };
-                self.work.spawn(async move {
+                let mut publishing = Box::pin(async move {
                     Done::Published(connection, track, transport.publish(track, spec, encrypted).await)
                 });
+                // It begins at once: the offer that is asked for next is to have the track.
+                match publishing.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                    Poll::Ready(done) => drop(self.work.spawn(std::future::ready(done))),
+                    Poll::Pending => drop(self.work.spawn(publishing)),
+                }
             }
             Output::Unpublish { connection, track } => {
                 if let Some(local) = self.locals.get(&track) {
@@ -299,8 +321,7 @@ impl Shell {
                     transport.set_muted(track, muted);
                 }
             }
-            Output::Attach { connection, route } => {
-                let sid = route.from.track.sid.clone();
+            Output::Attach { connection, sid, route } => {
                 let receiver = Arc::new(TrackReceiver::new(
                     route,
                     self.parts.begin,
@@ -312,8 +333,8 @@ impl Shell {
                 }
                 self.receivers.insert((connection, sid), receiver);
             }
-            Output::Reroute { connection, route } => {
-                if let Some(receiver) = self.receivers.get(&(connection, route.from.track.sid.clone())) {
+            Output::Reroute { connection, sid, route } => {
+                if let Some(receiver) = self.receivers.get(&(connection, sid)) {
                     receiver.update(route);
                 }
             }
@@ -397,6 +418,20 @@ impl Shell {
                         Ok(())
                     }
                     Ok((transport, _)) => return self.close_transport(transport),
+                    Err(failure) => Err(failure),
+                };
+                self.input(Input::Connected { connection, result });
+            }
+            Done::PeerOpened(connection, result) => {
+                let wanted = self.making.remove(&connection).is_some();
+                let result = match result {
+                    Ok((pair, events)) if wanted => {
+                        self.connections.insert(connection, pair.clone());
+                        self.pairs.insert(connection, pair);
+                        self.forward(connection, events);
+                        Ok(())
+                    }
+                    Ok((pair, _)) => return self.close_transport(pair),
                     Err(failure) => Err(failure),
                 };
                 self.input(Input::Connected { connection, result });
@@ -529,6 +564,7 @@ impl Shell {
             }
             *of != connection
         });
+        self.pairs.remove(&connection);
         if let Some(transport) = self.connections.remove(&connection) {
             self.close_transport(transport);
         }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rand::{CryptoRng, SeedableRng as _, rngs::StdRng};
+use rand::{CryptoRng, RngCore as _, SeedableRng as _, rngs::StdRng};
 use ruma_common::{OwnedEventId, OwnedUserId};
 
 use super::{
@@ -18,12 +18,14 @@ use super::{
         own::{self, OwnMembership},
         roster::{Change, Roster},
         slots::{self, SlotStatus},
-        wire::{self, MembershipMode, OwnDescription},
+        wire::{self, MembershipMode, OwnDescription, OwnTransports},
     },
     messages::{AccessWanted, CallStatus, Grant, Input, Output, PublishFailure, RequestId},
     notify::{self, Attention, Notice, Notify},
     own_foci::{OwnFoci, Verdict},
+    paths::{OwnPlace, Path, Paths},
     peers::{Peer, PeerChange, PeerTrack, Peers},
+    placement::{FocusHealth, MeshReason, Place, Placement},
     report::{self, CallReport, MemberReport, Step, Timeline, TrackReport, stage},
     routing::{RouteOutput, Routing, Wanted},
     sealing::Sealing,
@@ -31,13 +33,16 @@ use super::{
 use crate::{
     key::{KeyIndex, MediaKey},
     matrix::{
-        Delivery, EventWrite, MatrixReply, MatrixRequest, MatrixUpdate, RequestError, RoomView, ServerSupport,
+        Delivery, DeliveryFailure, EventWrite, MatrixReply, MatrixRequest, MatrixUpdate, RequestError,
+        RoomView, ServerSupport, ToDeviceBatch, ToDeviceEvent, TrustPolicy,
     },
     media::TrackSpec,
     member::{Device, Member, MemberId, MemberKey, MembershipForm, ParticipantIdentity, Slot},
     time::Now,
     transport::{
-        ConnectionId, DataBody, DataPacket, LiveKitFocus, LocalTrackId, NamedBy, Transport, TransportEvent,
+        ConnectionId, DataBody, DataPacket, LiveKitFocus, LocalTrackId, MeshSession, NamedBy, Subscription,
+        TrackSid, TransportEvent,
+        mesh::{MeshPeer, MessageId, Negotiated, Signalling, SignallingInput, SignallingOutput, Us},
     },
 };
 
@@ -67,6 +72,9 @@ mod around;
 mod joining;
 mod keys;
 mod media;
+mod mesh;
+
+use mesh::FocusState;
 
 /// One call. See the [module](super).
 pub struct CallMachine {
@@ -97,6 +105,19 @@ pub struct CallMachine {
     own_grant: Option<Grant>,
     discovering: bool,
     discovered: bool,
+    /// When a call without a focus looks for one again.
+    discover_again: Option<Instant>,
+    placement: Placement,
+    focus: FocusState,
+    paths: Paths,
+    mesh_session: Option<MeshSession>,
+    signalling: Option<Signalling>,
+    next_mesh_route: u32,
+    /// Mesh connections that take tracks, and those that carry media.
+    open_pairs: BTreeSet<ConnectionId>,
+    connected_pairs: BTreeSet<ConnectionId>,
+    /// Tracks that come by another path and that the SFU was told not to send.
+    declined: BTreeSet<(ConnectionId, TrackSid)>,
     notify: Notify,
     /// Our newest membership event.
     own_event_id: Option<OwnedEventId>,
@@ -141,8 +162,8 @@ struct Room {
 struct Local {
     spec: TrackSpec,
     muted: bool,
-    /// The connection that was asked to carry it.
-    on: Option<ConnectionId>,
+    /// The connections that were asked to carry it.
+    on: BTreeSet<ConnectionId>,
     /// Its publisher was told that it is live.
     told: bool,
 }
@@ -153,6 +174,7 @@ enum Origin {
     Support,
     Own(own::RequestId),
     Keys(SendId),
+    Mesh(MessageId),
     Invite,
     Hand,
     /// Nobody waits for its outcome.
@@ -196,6 +218,16 @@ impl CallMachine {
             own_grant: None,
             discovering: false,
             discovered: false,
+            discover_again: None,
+            placement: Placement::new(config.mesh, config.mesh_most),
+            focus: FocusState::default(),
+            paths: Paths::default(),
+            mesh_session: None,
+            signalling: None,
+            next_mesh_route: ConnectionId::FIRST_MESH_ROUTE,
+            open_pairs: BTreeSet::new(),
+            connected_pairs: BTreeSet::new(),
+            declined: BTreeSet::new(),
             notify: Notify::new(config.device.user_id.clone()),
             own_event_id: None,
             invited: false,
@@ -222,12 +254,12 @@ impl CallMachine {
             }
             Input::RotateKey => self.keys.handle(now, KeyInput::Rotate),
             Input::Publish { track, spec } => {
-                let local = Local { muted: spec.muted, spec, on: None, told: false };
+                let local = Local { muted: spec.muted, spec, on: BTreeSet::new(), told: false };
                 self.locals.insert(track, local);
                 self.publish_locals();
             }
             Input::Unpublish(track) => {
-                if let Some(Local { on: Some(connection), .. }) = self.locals.remove(&track) {
+                for connection in self.locals.remove(&track).map(|local| local.on).unwrap_or_default() {
                     self.outputs.push_back(Output::Unpublish { connection, track });
                 }
             }
@@ -236,17 +268,17 @@ impl CallMachine {
                     && local.muted != muted
                 {
                     local.muted = muted;
-                    if let Some(connection) = local.on {
+                    for connection in local.on.iter().copied() {
                         self.outputs.push_back(Output::Mute { connection, track, muted });
                     }
                 }
             }
             Input::Subscribe { member, sid, subscription } => {
                 if let Some(peer) = self.peers.get_mut(&member) {
-                    for (connection, _) in peer.tracks.keys().filter(|(_, of)| *of == sid) {
+                    for (connection, wire_sid) in peer.called(&sid) {
                         self.outputs.push_back(Output::Subscribe {
-                            connection: *connection,
-                            sid: sid.clone(),
+                            connection,
+                            sid: wire_sid,
                             subscription: subscription.clone(),
                         });
                     }
@@ -255,9 +287,8 @@ impl CallMachine {
             }
             Input::RequestKeyFrame { member, sid } => {
                 if let Some(peer) = self.peers.get(&member) {
-                    for (connection, _) in peer.tracks.keys().filter(|(_, of)| *of == sid) {
-                        self.outputs
-                            .push_back(Output::RequestKeyFrame { connection: *connection, sid: sid.clone() });
+                    for (connection, sid) in peer.called(&sid) {
+                        self.outputs.push_back(Output::RequestKeyFrame { connection, sid });
                     }
                 }
             }
@@ -274,11 +305,12 @@ impl CallMachine {
             Input::Update(update) => self.update(now, update),
             Input::Matrix { id, result } => self.matrix_done(now, id, result),
             Input::Delivered { id, device, result } => self.delivered(now, id, device, result),
-            Input::BatchDone(id) => {
-                if let Some(Origin::Keys(id)) = self.requests.remove(&id) {
-                    self.keys.handle(now, KeyInput::Finished { id });
-                }
-            }
+            Input::BatchDone(id) => match self.requests.remove(&id) {
+                Some(Origin::Keys(id)) => self.keys.handle(now, KeyInput::Finished { id }),
+                // Without an outcome the message was not sent.
+                Some(Origin::Mesh(id)) => self.mesh_sent(now, id, Err(DeliveryFailure::UnknownDevice)),
+                _ => {}
+            },
             Input::Discovered(result) => self.discovered(now, result),
             Input::Granted { connection, result } => match result {
                 Ok(grant) => {
@@ -287,10 +319,14 @@ impl CallMachine {
                         self.own_granted(now, grant.clone());
                     }
                     self.routing.granted(connection, grant.sfu);
+                    self.replan(now);
                     self.join_when_ready(now);
                 }
                 Err(failure) => self.connection_failed(now, connection, failure),
             },
+            Input::Connected { connection, result } if connection.is_mesh() => {
+                self.pair_opened(now, connection, result);
+            }
             Input::Connected { connection, result } => match result {
                 Ok(()) => self.connected(now, connection),
                 Err(failure) => self.connection_failed(now, connection, failure),
@@ -321,8 +357,8 @@ impl CallMachine {
     pub fn report(&mut self, now: Now) -> CallReport {
         let mut members = Vec::new();
         for peer in self.peers.iter() {
-            let tracks = peer.tracks.iter().map(|((_, sid), track)| TrackReport {
-                sid: sid.0.clone(),
+            let tracks = peer.shown_tracks().map(|track| TrackReport {
+                sid: track.from.track.sid.0.clone(),
                 source: format!("{:?}", track.from.track.source),
                 codec: track.from.track.codec.map(|codec| format!("{codec:?}")),
                 muted: track.from.track.muted,
@@ -384,6 +420,12 @@ impl CallMachine {
             }
             return wake.min(*until);
         }
+        if let Some(at) = self.replan(now) {
+            wake = wake.min(at);
+        }
+        if let Some(at) = self.drain_signalling(now) {
+            wake = wake.min(at);
+        }
         if self.sealing.is_encrypted()
             && let Some(at) = self.drain_keys(now)
         {
@@ -421,6 +463,9 @@ impl CallMachine {
     fn update(&mut self, now: Now, update: MatrixUpdate) {
         match update {
             MatrixUpdate::RoomChanged => self.room.dirty = true,
+            MatrixUpdate::ToDevice(event) if event.event_type.starts_with("m.call.") => {
+                self.mesh_message(now, &event);
+            }
             MatrixUpdate::ToDevice(event) => {
                 self.keys.handle(now, KeyInput::ToDevice(&event));
             }
@@ -459,13 +504,18 @@ impl CallMachine {
     }
 }
 
-/// Whether `member` publishes on `connection`.
-fn carries(routing: &Routing, connection: ConnectionId, member: &Member) -> bool {
-    member
-        .transports
-        .iter()
-        .find_map(Transport::livekit)
-        .is_some_and(|focus| routing.goes_to(connection, focus))
+/// Whether media of `member` comes by `connection`.
+fn carries(
+    (routing, paths, signalling): (&Routing, &Paths, &Option<Signalling>),
+    connection: ConnectionId,
+    member: &Member,
+) -> bool {
+    let key = member.key();
+    if connection.is_mesh() {
+        let of_pair = signalling.as_ref().and_then(|signalling| signalling.member_of(connection));
+        return of_pair == Some(&key);
+    }
+    paths.of(&key).any(|path| matches!(path, Path::Focus(focus) if routing.goes_to(connection, focus)))
 }
 
 fn media_keys(config: &MachineConfig, slot: Slot, rng: Box<dyn CryptoRng + Send>) -> MediaKeys {

@@ -6,6 +6,7 @@ use super::{
     media_keys::{HealingConfig, InboxLimits, RolloutConfig},
     membership::{own::OwnConfig, wire::MembershipMode},
     notify::Attention,
+    placement::MeshPolicy,
 };
 use crate::{
     matrix::TrustPolicy,
@@ -47,6 +48,10 @@ pub struct MachineConfig {
     pub invite: Option<Attention>,
     /// Whether somebody else is asked to keep our delayed leave (MSC4195).
     pub delegate_leave: bool,
+    /// When the call does without a focus.
+    pub mesh: MeshPolicy,
+    /// Most members of a call that goes on without its focus, ourselves included.
+    pub mesh_most: usize,
     /// Whether to watch the call without becoming a member.
     pub observe: bool,
     /// Timing of our own membership.
@@ -60,6 +65,9 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
+    /// Most members of a call that goes on without its focus, unless the application says otherwise.
+    pub const DEFAULT_MESH_MOST: usize = 8;
+
     /// The defaults for `device` in `room_id`.
     #[must_use]
     pub fn new(device: Device, room_id: OwnedRoomId) -> Self {
@@ -74,6 +82,8 @@ impl MachineConfig {
             shared_password: false,
             invite: None,
             delegate_leave: false,
+            mesh: MeshPolicy::default(),
+            mesh_most: MachineConfig::DEFAULT_MESH_MOST,
             observe: false,
             membership: OwnConfig::default(),
             keys: RolloutConfig::default(),

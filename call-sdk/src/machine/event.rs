@@ -9,6 +9,7 @@ use super::{
     membership::own::{self, DelegationError, NoDelayedLeave, Task},
     notify::{Invite, InviteEnd},
     peers::IncomingTrack,
+    placement::MeshReason,
 };
 use crate::{
     frame_crypto::OpenError,
@@ -181,6 +182,21 @@ pub enum CallEvent {
     },
     /// We publish to another focus from now on, because the one before failed.
     FocusChanged(LiveKitFocus),
+    /// Media travels from member to member from now on, where the other members can do that.
+    MeshBegan(MeshReason),
+    /// Media travels over our focus from now on.
+    MeshEnded(LiveKitFocus),
+    /// We exchange media with a member directly.
+    PeerConnected(Member),
+    /// An attempt to exchange media with a member directly failed; another follows.
+    PeerFailed {
+        /// Who.
+        member: Member,
+        /// Why, in words.
+        reason: String,
+        /// Failures in a row.
+        failures: u32,
+    },
     /// Signalling works but no media path: UDP may be blocked, or the SFU may advertise a wrong address.
     MediaBlocked {
         /// Which focus.

@@ -24,7 +24,7 @@ use crate::{
     member::{Device, Member, MemberId, MemberKey, ParticipantIdentity, Slot},
     transport::{
         ConnectionId, DataPacket, LiveKitFocus, LocalTrackId, NamedBy, Reliability, SfuUrl, Subscription,
-        TrackSid, TransportEvent, UserData,
+        TrackSid, TransportEvent, UserData, mesh::Negotiate,
     },
 };
 
@@ -204,6 +204,20 @@ pub enum Output {
         /// Which connection.
         connection: ConnectionId,
     },
+    /// Open a connection to a mesh peer; the outcome is [`Input::Connected`].
+    OpenPeer {
+        /// Which connection.
+        connection: ConnectionId,
+        /// What its events are to call the peer.
+        identity: ParticipantIdentity,
+    },
+    /// Do this on the connection to a mesh peer.
+    Negotiate {
+        /// Which connection.
+        connection: ConnectionId,
+        /// What.
+        command: Negotiate,
+    },
     /// Close a connection, or give up opening it. Nobody waits for it.
     Close {
         /// Which connection.
@@ -260,6 +274,8 @@ pub enum Output {
     Attach {
         /// On which connection.
         connection: ConnectionId,
+        /// Its name there; the application may know it by another one.
+        sid: TrackSid,
         /// How to open and count them.
         route: TrackRoute,
     },
@@ -267,6 +283,8 @@ pub enum Output {
     Reroute {
         /// On which connection.
         connection: ConnectionId,
+        /// Its name there.
+        sid: TrackSid,
         /// How to open and count them.
         route: TrackRoute,
     },

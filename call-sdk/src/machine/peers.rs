@@ -2,7 +2,10 @@
 //!
 //! Participants and their tracks are the SFU's word and are kept as such; which member a participant is, is decided
 //! here and nowhere else. A participant belongs to a member if its identity is one of the member's identities and it
-//! is on the connection that the member publishes to. If two members claim one identity, neither gets it.
+//! is on a connection by which the member's media travels. If two members claim one identity, neither gets it.
+//!
+//! A member that moves between two paths has its tracks on both for a while. The application sees one track all the
+//! time, under the sid that it had first.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,11 +15,12 @@ use std::{
 
 use crate::{
     frame_crypto::KeyRing,
+    media::TrackSource,
     member::{Member, MemberKey, ParticipantIdentity},
     transport::{ConnectionId, RemoteTrack, Subscription, TrackSid},
 };
 
-use super::{media_keys::MAX_GONE, stats::TrackCounters};
+use super::{media_keys::MAX_GONE, path_choice::PathChoice, stats::TrackCounters};
 
 /// Participants that one SFU room may announce to us without a member; the rest are ignored.
 const MAX_STRANGERS: usize = 256;
@@ -45,6 +49,10 @@ pub struct TrackRoute {
     pub counters: Arc<TrackCounters>,
     /// Time base of the member's tracks.
     pub clock: Arc<super::clock::MemberClock>,
+    /// Whose frames count while the track comes by several paths.
+    pub choice: Arc<PathChoice>,
+    /// The number of this path for [`Self::choice`].
+    pub path: u32,
 }
 
 /// A change of what flows, in the order in which it must happen.
@@ -54,12 +62,20 @@ pub(crate) enum PeerChange {
     Joined(Member),
     /// A member describes itself differently.
     Updated(Member),
-    /// A track begins: attach it, then tell the application.
-    TrackBegins { connection: ConnectionId, route: TrackRoute, subscription: Option<Subscription> },
+    /// A track begins to come by a connection, where it is called `sid`: attach it, then tell the application if the
+    /// track is `new` to it.
+    TrackBegins {
+        connection: ConnectionId,
+        sid: TrackSid,
+        route: TrackRoute,
+        subscription: Option<Subscription>,
+        new: bool,
+    },
     /// A track's description changed.
-    TrackChanged { connection: ConnectionId, route: TrackRoute },
-    /// A track ends: detach it, then tell the application.
-    TrackEnds { connection: ConnectionId, member: Member, sid: TrackSid },
+    TrackChanged { connection: ConnectionId, sid: TrackSid, route: TrackRoute },
+    /// A track does not come by a connection any more: detach it. If it comes by no other, tell the application that
+    /// the track it knows as `over` has ended.
+    TrackEnds { connection: ConnectionId, sid: TrackSid, member: Member, over: Option<TrackSid> },
     /// A member left. Its ring was cleared.
     Left(Member),
 }
@@ -85,7 +101,7 @@ pub(crate) struct Peer {
     pub(crate) member: Member,
     pub(crate) ring: KeyRing,
     pub(crate) clock: Arc<super::clock::MemberClock>,
-    /// By connection and sid: a member that moves between foci has tracks on both for a moment.
+    /// By connection and the sid there: a member that moves has its tracks on two for a moment.
     pub(crate) tracks: BTreeMap<(ConnectionId, TrackSid), PeerTrack>,
     /// Statistics of tracks that ended.
     pub(crate) ended_tracks: u64,
@@ -95,8 +111,11 @@ pub(crate) struct Peer {
 #[derive(Debug)]
 pub(crate) struct PeerTrack {
     pub(crate) identity: ParticipantIdentity,
+    /// As the application knows it.
     pub(crate) from: Arc<IncomingTrack>,
     pub(crate) counters: Arc<TrackCounters>,
+    pub(crate) choice: Arc<PathChoice>,
+    pub(crate) path: u32,
     pub(crate) since: Instant,
     pub(crate) reported: bool,
 }
@@ -231,6 +250,11 @@ impl Peers {
         self.peers.values_mut()
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.peers.len()
+    }
+
     /// The members, in order of their keys.
     pub(crate) fn members(&self) -> Vec<Member> {
         self.peers.values().map(|peer| peer.member.clone()).collect()
@@ -255,10 +279,27 @@ impl Peers {
         Some(first)
     }
 
-    /// The member that a track is attached to.
-    pub(crate) fn owner_of(&self, connection: ConnectionId, sid: &TrackSid) -> Option<&Peer> {
+    /// The member and the track behind a sid of a connection.
+    pub(crate) fn track(&self, connection: ConnectionId, sid: &TrackSid) -> Option<&IncomingTrack> {
         let name = (connection, sid.clone());
-        self.peers.values().find(|peer| peer.tracks.contains_key(&name))
+        self.peers.values().find_map(|peer| peer.tracks.get(&name)).map(|track| track.from.as_ref())
+    }
+
+    /// Tracks on a connection whose publisher's media comes by another path, and which need not be sent here.
+    pub(crate) fn superfluous(
+        &self,
+        connection: ConnectionId,
+        carries: impl Fn(ConnectionId, &Member) -> bool,
+    ) -> Vec<TrackSid> {
+        let mut sids = Vec::new();
+        for ((_, identity), participant) in self.participants.iter().filter(|((of, _), _)| *of == connection)
+        {
+            let mut members = self.peers.values().filter(|peer| peer.member.is_known_as(identity));
+            if members.next().is_some_and(|peer| !carries(connection, &peer.member)) {
+                sids.extend(participant.tracks.keys().cloned());
+            }
+        }
+        sids
     }
 
     /// Participants without a member that are to be reported now; each once.
@@ -276,6 +317,8 @@ impl Peers {
                 && !participant.reported
                 && now.saturating_duration_since(participant.since) >= STRANGER_AFTER
                 && !attached.contains(&(*connection, identity))
+                // A member whose media comes by another path is no stranger.
+                && !self.peers.values().any(|peer| peer.member.is_known_as(identity))
             {
                 participant.reported = true;
                 strangers.push((*connection, identity.clone()));
@@ -296,8 +339,11 @@ impl Peers {
 
     fn remove(&mut self, key: &MemberKey, changes: &mut Vec<PeerChange>) {
         let Some(peer) = self.peers.remove(key) else { return };
-        for (connection, sid) in peer.tracks.into_keys() {
-            changes.push(PeerChange::TrackEnds { connection, member: peer.member.clone(), sid });
+        let mut tracks = peer.tracks;
+        while let Some(((connection, sid), track)) = tracks.pop_first() {
+            let member = peer.member.clone();
+            let over = is_over(&tracks, &track);
+            changes.push(PeerChange::TrackEnds { connection, sid, member, over });
         }
         changes.push(PeerChange::Left(peer.member));
         if self.shared_ring.is_some() {
@@ -318,8 +364,8 @@ impl Peers {
         carries: impl Fn(ConnectionId, &Member) -> bool,
         changes: &mut Vec<PeerChange>,
     ) {
-        type Tracks = BTreeMap<(ConnectionId, TrackSid), (ParticipantIdentity, RemoteTrack)>;
-        let mut wanted: BTreeMap<MemberKey, Tracks> = BTreeMap::new();
+        type Announced = BTreeMap<(ConnectionId, TrackSid), (ParticipantIdentity, RemoteTrack)>;
+        let mut wanted: BTreeMap<MemberKey, Announced> = BTreeMap::new();
         for ((connection, identity), participant) in &self.participants {
             let Some(peer) = self.member_of(*connection, identity, &carries) else { continue };
             let of_member = wanted.entry(peer.member.key()).or_default();
@@ -330,51 +376,119 @@ impl Peers {
         for (key, peer) in &mut self.peers {
             let mut wanted = wanted.remove(key).unwrap_or_default();
             // Another identity for the same sid is another track: nothing of the old owner may be used for it.
-            let ended: Vec<_> = peer
-                .tracks
-                .iter()
-                .filter(|(name, track)| {
-                    wanted.get(*name).is_none_or(|(identity, _)| *identity != track.identity)
-                })
-                .map(|(name, _)| name.clone())
-                .collect();
-            for name in ended {
-                peer.tracks.remove(&name);
-                peer.ended_tracks += 1;
-                let (connection, sid) = name;
-                changes.push(PeerChange::TrackEnds { connection, member: peer.member.clone(), sid });
-            }
-            for (name, (identity, track)) in std::mem::take(&mut wanted) {
-                let from = Arc::new(IncomingTrack { member: peer.member.clone(), track });
-                let (begins, counters) = match peer.tracks.get_mut(&name) {
-                    Some(known) if known.from == from => continue,
-                    Some(known) => {
-                        known.from = Arc::clone(&from);
-                        (false, Arc::clone(&known.counters))
-                    }
-                    None => {
-                        let counters = Arc::<TrackCounters>::default();
-                        let track = PeerTrack {
-                            identity,
-                            from: Arc::clone(&from),
-                            counters: Arc::clone(&counters),
-                            since: now,
-                            reported: false,
-                        };
-                        peer.tracks.insert(name.clone(), track);
-                        (true, counters)
-                    }
-                };
-                let route =
-                    TrackRoute { from, ring: peer.ring.clone(), counters, clock: Arc::clone(&peer.clock) };
-                let (connection, sid) = name;
-                changes.push(if begins {
-                    let subscription = peer.subscriptions.get(&sid).cloned();
-                    PeerChange::TrackBegins { connection, route, subscription }
+            let mut ended = Vec::new();
+            let mut kept = Tracks::new();
+            for (name, track) in std::mem::take(&mut peer.tracks) {
+                let stays = wanted.get(&name).is_some_and(|(identity, _)| *identity == track.identity);
+                if stays {
+                    kept.insert(name, track);
                 } else {
-                    PeerChange::TrackChanged { connection, route }
-                });
+                    ended.push((name, track));
+                }
             }
+            peer.tracks = kept;
+            let mut begun = Vec::new();
+            for (name, (identity, mut track)) in std::mem::take(&mut wanted) {
+                let Some(known) = peer.tracks.get_mut(&name) else {
+                    begun.push((name, identity, track));
+                    continue;
+                };
+                track.sid.clone_from(&known.from.track.sid);
+                let from = IncomingTrack { member: peer.member.clone(), track };
+                if *known.from != from {
+                    known.from = Arc::new(from);
+                    let route = known.route(&peer.ring, &peer.clock);
+                    let (connection, sid) = name;
+                    changes.push(PeerChange::TrackChanged { connection, sid, route });
+                }
+            }
+            let mut beginnings = Vec::new();
+            for (name, identity, mut track) in begun {
+                // A track that moves at this very moment goes on, too.
+                let (counters, choice) = match same_track(&peer.tracks, &ended, name.0, &track) {
+                    Some(known) => {
+                        track.sid.clone_from(&known.from.track.sid);
+                        (Arc::clone(&known.counters), Arc::clone(&known.choice))
+                    }
+                    None => Default::default(),
+                };
+                let path = choice.add();
+                let from = Arc::new(IncomingTrack { member: peer.member.clone(), track });
+                let subscription = peer.subscriptions.get(&from.track.sid).cloned();
+                let track = PeerTrack { identity, from, counters, choice, path, since: now, reported: false };
+                let route = track.route(&peer.ring, &peer.clock);
+                peer.tracks.insert(name.clone(), track);
+                let (connection, sid) = name;
+                let new = path == 1;
+                beginnings.push(PeerChange::TrackBegins { connection, sid, route, subscription, new });
+            }
+            for ((connection, sid), track) in ended {
+                track.choice.ended(track.path);
+                peer.ended_tracks += 1;
+                let member = peer.member.clone();
+                let over = is_over(&peer.tracks, &track);
+                changes.push(PeerChange::TrackEnds { connection, sid, member, over });
+            }
+            changes.append(&mut beginnings);
         }
     }
+}
+
+impl Peer {
+    /// Where a track that the application knows as `shown` comes from, and what it is called there.
+    pub(crate) fn called(&self, shown: &TrackSid) -> Vec<(ConnectionId, TrackSid)> {
+        let of_track = |(_, track): &(&(ConnectionId, TrackSid), &PeerTrack)| track.from.track.sid == *shown;
+        self.tracks.iter().filter(of_track).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The tracks as the application knows them: each once, by its newest path.
+    pub(crate) fn shown_tracks(&self) -> impl Iterator<Item = &PeerTrack> {
+        let is_newest = |track: &&PeerTrack| {
+            self.tracks
+                .values()
+                .all(|other| other.from.track.sid != track.from.track.sid || other.path <= track.path)
+        };
+        self.tracks.values().filter(is_newest)
+    }
+}
+
+impl PeerTrack {
+    fn route(&self, ring: &KeyRing, clock: &Arc<super::clock::MemberClock>) -> TrackRoute {
+        TrackRoute {
+            from: Arc::clone(&self.from),
+            ring: ring.clone(),
+            counters: Arc::clone(&self.counters),
+            clock: Arc::clone(clock),
+            choice: Arc::clone(&self.choice),
+            path: self.path,
+        }
+    }
+}
+
+type Tracks = BTreeMap<(ConnectionId, TrackSid), PeerTrack>;
+
+/// The track of another connection that `track` continues: the same source and name, not continued by this connection
+/// yet. Two such tracks of one member are not told apart when it moves.
+fn same_track<'a>(
+    tracks: &'a Tracks,
+    ended: &'a [((ConnectionId, TrackSid), PeerTrack)],
+    connection: ConnectionId,
+    track: &RemoteTrack,
+) -> Option<&'a PeerTrack> {
+    if track.source == TrackSource::Unknown {
+        return None;
+    }
+    let known = || tracks.iter().chain(ended.iter().map(|(name, track)| (name, track)));
+    let taken =
+        |sid: &TrackSid| known().any(|((of, _), known)| *of == connection && known.from.track.sid == *sid);
+    known().map(|(_, known)| known).find(|known| {
+        let before = &known.from.track;
+        before.source == track.source && before.name == track.name && !taken(&before.sid)
+    })
+}
+
+/// The sid by which the application knows `ended`, if the track comes by no other connection.
+fn is_over(others: &Tracks, ended: &PeerTrack) -> Option<TrackSid> {
+    let sid = &ended.from.track.sid;
+    others.values().all(|track| track.from.track.sid != *sid).then(|| sid.clone())
 }

@@ -47,7 +47,7 @@ pub enum Step {
     Connection {
         /// Which.
         connection: String,
-        /// Focus, by host name.
+        /// Focus, by host name; `mesh` for a mesh peer.
         focus: String,
         /// How far.
         stage: &'static str,
@@ -56,6 +56,23 @@ pub enum Step {
     ConnectionFailed {
         /// Which focus, by host name.
         focus: String,
+        /// Why.
+        reason: String,
+    },
+    /// Our media moved.
+    Moved {
+        /// `focus` or `mesh`.
+        to: &'static str,
+    },
+    /// Media can travel directly between us and a member.
+    PairConnected {
+        /// Its number.
+        member: usize,
+    },
+    /// An attempt to connect directly failed.
+    PairFailed {
+        /// The member's number.
+        member: usize,
         /// Why.
         reason: String,
     },
@@ -263,13 +280,15 @@ pub(crate) fn host(focus: &LiveKitFocus) -> String {
     text.split("://").nth(1).and_then(|rest| rest.split('/').next()).unwrap_or("?").to_owned()
 }
 
-pub(crate) fn stage(connection: ConnectionId, focus: &LiveKitFocus, stage: ConnectStage) -> Step {
+/// `focus` is `None` for the connection to a mesh peer.
+pub(crate) fn stage(connection: ConnectionId, focus: Option<&LiveKitFocus>, stage: ConnectStage) -> Step {
     let stage = match stage {
         ConnectStage::Signalled => "signalled",
         ConnectStage::IceConnected => "ice_connected",
         ConnectStage::MediaUp => "media_up",
     };
-    Step::Connection { connection: connection.to_string(), focus: host(focus), stage }
+    let focus = focus.map_or_else(|| "mesh".to_owned(), host);
+    Step::Connection { connection: connection.to_string(), focus, stage }
 }
 
 #[cfg(test)]
@@ -298,7 +317,7 @@ mod tests {
         timeline.add(timeline.begin(), Step::MemberJoined { member: number, form: "state" });
         timeline.add(
             timeline.begin(),
-            stage(ConnectionId { route: 0, generation: 1 }, &focus, ConnectStage::MediaUp),
+            stage(ConnectionId { route: 0, generation: 1 }, Some(&focus), ConnectStage::MediaUp),
         );
         let json = serde_json::to_string(&timeline.entries()).unwrap();
         assert!(json.contains("jwt.example") && json.contains("media_up"), "{json}");

@@ -236,6 +236,12 @@ impl Routing {
             .min()
     }
 
+    /// Every connection that is up.
+    pub(crate) fn open(&self) -> Vec<ConnectionId> {
+        let open = self.routes.iter().filter(|(_, route)| matches!(route.state, State::Up { .. }));
+        open.map(|(number, route)| ConnectionId { route: *number, generation: route.generation }).collect()
+    }
+
     /// Whether an event of `connection` still counts.
     pub(crate) fn is_current(&self, connection: ConnectionId) -> bool {
         self.current(connection).is_some()

@@ -22,7 +22,9 @@ use crate::{
     machine::{
         AccessWanted, ConnectFailure, ConnectFailureKind,
         media_keys::wire::{KeySender, messages},
-        membership::wire::{MembershipMode, OwnDescription, SLOT_TYPE, STICKY_TYPE, membership},
+        membership::wire::{
+            MembershipMode, OwnDescription, OwnTransports, SLOT_TYPE, STICKY_TYPE, membership,
+        },
         testing,
     },
     matrix::{
@@ -189,7 +191,7 @@ fn membership_of(device: &Device, at: &LiveKitFocus) -> EventWrite {
         slot: Slot::room_call(),
         mode: MembershipMode::Compatibility,
         member_id: MemberId::of_state_member(&device.user_id, &device.device_id),
-        focus: at.clone(),
+        transports: OwnTransports { focus: Some(at.clone()), mesh: None },
         intent: None,
     };
     membership(&description, Duration::from_secs(4 * 3600), None)

@@ -60,6 +60,7 @@ impl CallMachine {
         }
         self.own.handle(now, own::Input::Leave);
         self.keys.handle(now, KeyInput::Leave);
+        self.leave_mesh(now);
         let changes = self.peers.clear();
         self.apply(now, changes);
         self.routing.close_all();
@@ -156,6 +157,11 @@ impl CallMachine {
         result: Result<Vec<(LiveKitFocus, NamedBy)>, ConnectFailure>,
     ) {
         match result {
+            Ok(foci) if self.discovered => {
+                self.focus = FocusState::default();
+                self.foci.set(foci);
+                self.want_connections(now);
+            }
             Ok(foci) => {
                 self.timeline.add(now.instant, Step::Discovered { foci: foci.len() });
                 self.discovered = true;
@@ -163,7 +169,15 @@ impl CallMachine {
                 self.foci.set(foci);
                 self.run_when_ready(now);
             }
-            Err(failure) => self.leave(now, EndReason::NoFocus(failure)),
+            Err(failure) if !self.placement.can_mesh() => self.leave(now, EndReason::NoFocus(failure)),
+            // The call looks for one again.
+            Err(_) if self.discovered => self.discover_later(now),
+            Err(failure) => {
+                tracing::info!(%failure, "no focus is found");
+                self.timeline.add(now.instant, Step::Discovered { foci: 0 });
+                self.discovered = true;
+                self.run_when_ready(now);
+            }
         }
     }
 
@@ -246,7 +260,7 @@ impl CallMachine {
         }
         // Peers are told by TrackInfo that these tracks are encrypted, so they are published again.
         for (track, local) in &mut self.locals {
-            if let Some(connection) = local.on.take() {
+            for connection in std::mem::take(&mut local.on) {
                 self.outputs.push_back(Output::Unpublish { connection, track: *track });
             }
         }
@@ -323,11 +337,11 @@ impl CallMachine {
             self.refresh_status();
             return;
         }
-        let Some(support) = &self.support else { return };
+        if self.support.is_none() {
+            return;
+        }
         if !std::mem::replace(&mut self.discovering, true) {
-            let members =
-                self.roster.members().iter().filter(|member| !self.is_us(member)).cloned().collect();
-            self.outputs.push_back(Output::Discover { support: support.clone(), members });
+            self.discover();
         }
         if !self.discovered {
             return;
@@ -340,10 +354,18 @@ impl CallMachine {
             self.open_slot(now);
         }
         self.take_identity(now);
+        self.replan(now);
         self.want_connections(now);
         for (slot, members) in self.roster.other_slots().to_vec() {
             self.tell(CallEvent::OtherCall { slot, members });
         }
+    }
+
+    /// Looks for the foci that we may publish to.
+    pub(super) fn discover(&mut self) {
+        let Some(support) = self.support.clone() else { return };
+        let members = self.roster.members().iter().filter(|member| !self.is_us(member)).cloned().collect();
+        self.outputs.push_back(Output::Discover { support, members });
     }
 
     /// Takes in a token of our focus. A membership that is already published follows it.
@@ -360,10 +382,16 @@ impl CallMachine {
         self.write(Origin::Write, slots::open(&self.slot, self.room.encrypted));
     }
 
-    /// Publishes our membership once our focus has given us a token: before that nobody could hear us.
+    /// Publishes our membership once our focus has given us a token, or the call runs as a mesh: before that nobody
+    /// could hear us.
     pub(super) fn join_when_ready(&mut self, now: Now) {
+        let is_reachable = match self.placement.place() {
+            Some(Place::Focus) => self.own_grant.is_some(),
+            Some(Place::Mesh(_)) => true,
+            None => false,
+        };
         if self.phase == Phase::Running
-            && self.own_grant.is_some()
+            && is_reachable
             && self.own.status() == own::Status::Disconnected
             && let Some(description) = self.describe()
         {
@@ -381,7 +409,10 @@ impl CallMachine {
                 MemberId::of_state_member(user_id, device_id)
             }
         };
-        self.member_id = Some(member_id.clone());
+        let is_new = self.member_id.replace(member_id.clone()).is_none() || self.signalling.is_none();
+        if is_new || self.config.mode.form() == MembershipForm::Sticky {
+            self.start_mesh(now);
+        }
         self.own_grant = None;
         self.keys.handle(now, KeyInput::Join { member_id });
         self.tell_keys(now);
@@ -399,9 +430,12 @@ impl CallMachine {
     /// older way; the entry then has to be of the older type, because readers derive the identity from the type.
     pub(super) fn describe(&self) -> Option<OwnDescription> {
         let member_id = self.member_id.clone()?;
-        let (mut mode, mut focus) = (self.config.mode, self.foci.current()?.clone());
+        let (mut mode, mut transports) = (self.config.mode, self.own_transports());
+        if transports == OwnTransports::default() {
+            return None;
+        }
         if mode.form() == MembershipForm::Sticky
-            && let Some(grant) = &self.own_grant
+            && let (Some(grant), Some(focus)) = (&self.own_grant, &mut transports.focus)
         {
             if grant.identity != ParticipantIdentity::of_member(&self.config.device.user_id, &member_id) {
                 mode = MembershipMode::Matrix2;
@@ -415,7 +449,7 @@ impl CallMachine {
             slot: self.slot.clone(),
             mode,
             member_id,
-            focus,
+            transports,
             intent: self.config.intent.clone(),
         })
     }
@@ -439,7 +473,7 @@ impl CallMachine {
                     tracing::warn!(%error, "an event of the call was not sent");
                 }
             }
-            Some(Origin::Keys(_)) | None => {}
+            Some(Origin::Keys(_) | Origin::Mesh(_)) | None => {}
         }
     }
 
@@ -448,7 +482,8 @@ impl CallMachine {
             return;
         }
         let in_call = self.config.observe || self.own.status() == own::Status::Connected;
-        let connected = self.config.observe || self.routing.ours().is_some();
+        let is_mesh = matches!(self.placement.place(), Some(Place::Mesh(_)));
+        let connected = self.config.observe || is_mesh || self.routing.ours().is_some();
         let status = match (in_call, connected, self.status) {
             (true, true, _) => CallStatus::Joined,
             (_, _, CallStatus::Joining) => CallStatus::Joining,

@@ -68,8 +68,15 @@ impl CallMachine {
     }
 
     pub(super) fn delivered(&mut self, now: Now, id: RequestId, device: Device, result: Delivery) {
-        let Some(Origin::Keys(send)) = self.requests.get(&id) else { return };
-        let send = *send;
+        let send = match self.requests.get(&id) {
+            Some(Origin::Keys(send)) => *send,
+            Some(Origin::Mesh(message)) => {
+                let message = *message;
+                self.requests.remove(&id);
+                return self.mesh_sent(now, message, result);
+            }
+            _ => return,
+        };
         if let Err(failure) = &result {
             let member = self.timeline.number_of_device(&device);
             self.timeline.add(now.instant, Step::KeyNotSent { member, reason: failure.to_string() });

@@ -11,18 +11,7 @@ impl CallMachine {
                 self.outputs.push_back(Output::Access { connection, access });
             }
             RouteOutput::Connect { connection } => self.outputs.push_back(Output::Connect { connection }),
-            RouteOutput::Close { connection } => {
-                self.peers.connection_ended(connection);
-                self.rematch(now);
-                for (track, local) in &mut self.locals {
-                    if local.on == Some(connection) {
-                        local.on = None;
-                        self.outputs.push_back(Output::Unpublish { connection, track: *track });
-                    }
-                }
-                self.outputs.push_back(Output::Close { connection });
-                self.refresh_status();
-            }
+            RouteOutput::Close { connection } => self.connection_closed(now, connection),
             RouteOutput::Failed { focus, ours, failure, failures } => {
                 let reason = report::variant(&failure.kind);
                 let step = Step::ConnectionFailed { focus: report::host(&focus), reason };
@@ -35,23 +24,36 @@ impl CallMachine {
         }
     }
 
+    /// Nothing comes by a connection any more, and nothing goes.
+    pub(super) fn connection_closed(&mut self, now: Now, connection: ConnectionId) {
+        self.peers.connection_ended(connection);
+        self.declined.retain(|(of, _)| *of != connection);
+        self.rematch(now);
+        for (track, local) in &mut self.locals {
+            if local.on.remove(&connection) {
+                self.outputs.push_back(Output::Unpublish { connection, track: *track });
+            }
+        }
+        self.outputs.push_back(Output::Close { connection });
+        self.refresh_status();
+    }
+
     pub(super) fn own_focus_failed(&mut self, now: Now, failure: &ConnectFailure, failures: u32) {
+        self.focus.down(now.instant, failures);
         match self.foci.failed(failure, failures) {
             Verdict::Stay => {}
             Verdict::Moved => {
                 self.own_grant = None;
                 self.want_connections(now);
                 if let Some(focus) = self.foci.current().cloned() {
-                    self.own.handle(now, own::Input::SetFocus(focus.clone()));
+                    let transports = self.own_transports();
+                    self.own.handle(now, own::Input::SetTransports(transports));
                     self.tell(CallEvent::FocusChanged(focus));
                 }
             }
-            Verdict::NoneLeft => {
-                // Once joined the refusal may be withdrawn: the operator is repairing something.
-                if self.status == CallStatus::Joining {
-                    self.leave(now, EndReason::NoFocus(failure.clone()));
-                }
-            }
+            // Once joined the refusal may be withdrawn: the operator is repairing something.
+            Verdict::NoneLeft if self.status != CallStatus::Joining => {}
+            Verdict::NoneLeft => self.leave(now, EndReason::NoFocus(failure.clone())),
         }
     }
 
@@ -62,10 +64,12 @@ impl CallMachine {
     pub(super) fn connected(&mut self, now: Now, connection: ConnectionId) {
         self.routing.connected(now.instant, connection);
         let Some(focus) = self.routing.focus_of(connection).cloned() else { return };
-        self.timeline.add(now.instant, stage(connection, &focus, crate::transport::ConnectStage::Signalled));
+        self.timeline
+            .add(now.instant, stage(connection, Some(&focus), crate::transport::ConnectStage::Signalled));
         if self.routing.ours() == Some(connection) {
             self.foci.works();
-            if self.config.delegate_leave {
+            self.focus.up(now.instant);
+            if self.config.delegate_leave && !matches!(self.placement.place(), Some(Place::Mesh(_))) {
                 self.own.handle(now, own::Input::OfferDelegation);
             }
         }
@@ -76,13 +80,20 @@ impl CallMachine {
     }
 
     pub(super) fn publish_locals(&mut self) {
-        let Some(connection) = self.routing.ours() else { return };
         let encrypted = self.sealing.is_encrypted();
+        let carriers: Vec<_> =
+            self.routing.ours().into_iter().chain(self.open_pairs.iter().copied()).collect();
+        // In a mesh there may be nobody yet.
+        let is_live = matches!(self.placement.place(), Some(Place::Mesh(_)));
         for (track, local) in &mut self.locals {
-            if local.on != Some(connection) {
-                local.on = Some(connection);
-                let spec = TrackSpec { muted: local.muted, ..local.spec.clone() };
-                self.outputs.push_back(Output::Publish { connection, track: *track, spec, encrypted });
+            for connection in carriers.iter().copied() {
+                if local.on.insert(connection) {
+                    let spec = TrackSpec { muted: local.muted, ..local.spec.clone() };
+                    self.outputs.push_back(Output::Publish { connection, track: *track, spec, encrypted });
+                }
+            }
+            if is_live && !std::mem::replace(&mut local.told, true) {
+                self.outputs.push_back(Output::TrackReady { track: *track, result: Ok(()) });
             }
         }
     }
@@ -93,10 +104,7 @@ impl CallMachine {
         track: LocalTrackId,
         result: Result<(), PublishFailure>,
     ) {
-        if !self.routing.is_current(connection) {
-            return;
-        }
-        let Some(local) = self.locals.get_mut(&track).filter(|local| local.on == Some(connection)) else {
+        let Some(local) = self.locals.get_mut(&track).filter(|local| local.on.contains(&connection)) else {
             return;
         };
         match result {
@@ -107,9 +115,12 @@ impl CallMachine {
             }
             // The connection is about to be reported as lost; the track moves to the next one.
             Err(PublishFailure::Closed) => {}
+            Err(PublishFailure::Refused(reason)) if connection.is_mesh() => {
+                tracing::warn!(reason, "a mesh peer does not take a track of ours");
+            }
             Err(PublishFailure::Refused(reason)) => {
                 let told = local.told;
-                self.locals.remove(&track);
+                self.end_local(track);
                 if told {
                     self.tell(CallEvent::LocalTrackEnded { track, reason });
                 } else {
@@ -125,30 +136,43 @@ impl CallMachine {
         to: &[MemberKey],
         message: crate::transport::UserData,
     ) {
-        // Every connection that somebody listens on: each member hears us on our own focus.
+        let is_meant = |key: &MemberKey| to.is_empty() || to.contains(key);
+        let by_mesh = |key: &MemberKey| matches!(self.paths.now(key), Path::Mesh(_));
+        for connection in self.open_pairs.iter().copied() {
+            if self.mesh_member(connection).is_some_and(|key| is_meant(key) && by_mesh(key)) {
+                let (destinations, message) = (Vec::new(), message.clone());
+                self.outputs.push_back(Output::SendData { connection, reliability, destinations, message });
+            }
+        }
+        // Every other member hears us on our own focus.
         let Some(connection) = self.routing.ours() else { return };
-        let destinations = to
+        let listeners: Vec<_> = self
+            .peers
             .iter()
-            .filter_map(|key| self.peers.get(key))
-            // On our focus a member of another one may have any of its identities.
-            .flat_map(|peer| peer.member.identities.iter().cloned())
-            .collect::<Vec<_>>();
-        if !to.is_empty() && destinations.is_empty() {
-            tracing::debug!("a data message for members who left");
+            .filter(|peer| is_meant(&peer.member.key()) && !by_mesh(&peer.member.key()))
+            .collect();
+        if listeners.is_empty() {
             return;
         }
+        let destinations = if to.is_empty() {
+            Vec::new()
+        } else {
+            // On our focus a member of another one may have any of its identities.
+            listeners.iter().flat_map(|peer| peer.member.identities.iter().cloned()).collect()
+        };
         self.outputs.push_back(Output::SendData { connection, reliability, destinations, message });
     }
 
     pub(super) fn members_changed(&mut self, now: Now, change: Change) {
         let others: Vec<Member> =
             self.roster.members().iter().filter(|member| !self.is_us(member)).cloned().collect();
-        let routing = &self.routing;
+        let ways = (&self.routing, &self.paths, &self.signalling);
         let changes = self
             .peers
-            .set_members(now.instant, &others, |connection, member| carries(routing, connection, member));
+            .set_members(now.instant, &others, |connection, member| carries(ways, connection, member));
         let changed = !changes.is_empty();
         self.apply(now, changes);
+        self.update_paths(now);
         if changed || !change.is_empty() {
             self.outputs.push_back(Output::Members(Arc::new(others.clone())));
         }
@@ -162,31 +186,62 @@ impl CallMachine {
             return;
         }
         let mut wanted = Vec::new();
-        if let (Some(focus), Some(named_by)) = (self.foci.current(), self.foci.named_by()) {
+        let uses_focus = self.placement.wants_focus(self.peers.count() + 1) || self.focus.leaves_at.is_some();
+        if let (Some(focus), Some(named_by)) = (self.foci.current(), self.foci.named_by())
+            && uses_focus
+        {
             wanted.push(Wanted { focus: focus.clone(), ours: true, named_by: named_by.clone() });
         }
         for peer in self.peers.iter() {
-            let Some(focus) = peer.member.transports.iter().find_map(Transport::livekit) else { continue };
-            let user_id = peer.member.user_id.clone();
-            match wanted.iter_mut().find(|known: &&mut Wanted| known.focus.is_same_as(focus)) {
-                None => {
-                    let named_by = NamedBy::Members(vec![user_id]);
-                    wanted.push(Wanted { focus: focus.clone(), ours: false, named_by });
+            for path in self.paths.of(&peer.member.key()) {
+                let Path::Focus(focus) = path else { continue };
+                let user_id = peer.member.user_id.clone();
+                match wanted.iter_mut().find(|known: &&mut Wanted| known.focus.is_same_as(focus)) {
+                    None => {
+                        let named_by = NamedBy::Members(vec![user_id]);
+                        wanted.push(Wanted { focus: focus.clone(), ours: false, named_by });
+                    }
+                    Some(Wanted { named_by: NamedBy::Members(users), .. }) if users.len() < MAX_NAMERS => {
+                        users.push(user_id);
+                    }
+                    Some(_) => {}
                 }
-                Some(Wanted { named_by: NamedBy::Members(users), .. }) if users.len() < MAX_NAMERS => {
-                    users.push(user_id);
-                }
-                Some(_) => {}
             }
         }
         self.routing.want(now.instant, wanted);
     }
 
     pub(super) fn rematch(&mut self, now: Now) {
-        let routing = &self.routing;
-        let changes =
-            self.peers.rematch(now.instant, |connection, member| carries(routing, connection, member));
+        let ways = (&self.routing, &self.paths, &self.signalling);
+        let changes = self.peers.rematch(now.instant, |connection, member| carries(ways, connection, member));
         self.apply(now, changes);
+        self.decline_superfluous();
+    }
+
+    /// Tells SFUs not to send us what comes by another path.
+    fn decline_superfluous(&mut self) {
+        let ways = (&self.routing, &self.paths, &self.signalling);
+        let mut superfluous = BTreeSet::new();
+        for connection in self.routing.open() {
+            let sids =
+                self.peers.superfluous(connection, |connection, member| carries(ways, connection, member));
+            superfluous.extend(sids.into_iter().map(|sid| (connection, sid)));
+        }
+        let before = std::mem::replace(&mut self.declined, superfluous);
+        for (connection, sid) in self.declined.difference(&before).cloned() {
+            let subscription = Subscription { enabled: false, ..Subscription::default() };
+            self.outputs.push_back(Output::Subscribe { connection, sid, subscription });
+        }
+        for (connection, sid) in before.difference(&self.declined).cloned() {
+            if self.routing.is_current(connection) {
+                let wish = self.peers.iter().find_map(|peer| {
+                    let shown = &peer.tracks.get(&(connection, sid.clone()))?.from.track.sid;
+                    peer.subscriptions.get(shown).cloned()
+                });
+                let subscription = wish.unwrap_or_default();
+                self.outputs.push_back(Output::Subscribe { connection, sid, subscription });
+            }
+        }
     }
 
     pub(super) fn apply(&mut self, now: Now, changes: Vec<PeerChange>) {
@@ -211,7 +266,7 @@ impl CallMachine {
                     self.notify.left(&member.key());
                     self.tell(CallEvent::MemberLeft(member));
                 }
-                PeerChange::TrackBegins { connection, route, subscription } => {
+                PeerChange::TrackBegins { connection, sid, route, subscription, new } => {
                     let member = self.timeline.number(&route.from.member.key());
                     let source = format!("{:?}", route.from.track.source);
                     self.timeline.add(now.instant, Step::Track { member, source });
@@ -219,31 +274,34 @@ impl CallMachine {
                         member: route.from.member.clone(),
                         track: route.from.track.clone(),
                     };
-                    let sid = route.from.track.sid.clone();
-                    self.tell(event);
-                    self.outputs.push_back(Output::Attach { connection, route });
+                    if new {
+                        self.tell(event);
+                    }
+                    self.outputs.push_back(Output::Attach { connection, sid: sid.clone(), route });
                     if let Some(subscription) = subscription {
                         self.outputs.push_back(Output::Subscribe { connection, sid, subscription });
                     }
                 }
-                PeerChange::TrackChanged { connection, route } => {
+                PeerChange::TrackChanged { connection, sid, route } => {
                     let event = CallEvent::TrackUpdated {
                         member: route.from.member.clone(),
                         track: route.from.track.clone(),
                     };
-                    self.outputs.push_back(Output::Reroute { connection, route });
+                    self.outputs.push_back(Output::Reroute { connection, sid, route });
                     self.tell(event);
                 }
-                PeerChange::TrackEnds { connection, member, sid } => {
-                    self.outputs.push_back(Output::Detach { connection, sid: sid.clone() });
-                    self.tell(CallEvent::TrackEnded { member, sid });
+                PeerChange::TrackEnds { connection, sid, member, over } => {
+                    self.outputs.push_back(Output::Detach { connection, sid });
+                    if let Some(sid) = over {
+                        self.tell(CallEvent::TrackEnded { member, sid });
+                    }
                 }
             }
         }
         if tracks_changed {
             let of_peer = |peer: &Peer| {
                 let track = |track: &PeerTrack| (Arc::clone(&track.from), Arc::clone(&track.counters));
-                peer.tracks.values().map(track).collect::<Vec<_>>()
+                peer.shown_tracks().map(track).collect::<Vec<_>>()
             };
             let tracks = self.peers.iter().flat_map(of_peer).collect();
             self.outputs.push_back(Output::Tracks(Arc::new(tracks)));
@@ -251,15 +309,32 @@ impl CallMachine {
     }
 
     pub(super) fn transport_event(&mut self, now: Now, connection: ConnectionId, event: TransportEvent) {
-        if !self.routing.is_current(connection) {
-            return;
+        match event {
+            TransportEvent::Negotiated(event) => return self.negotiated(now, connection, event),
+            TransportEvent::Disconnected(reason) if connection.is_mesh() => {
+                return self.negotiated(now, connection, Negotiated::Failed(reason.to_string()));
+            }
+            _ if connection.is_mesh() && self.mesh_member(connection).is_none() => return,
+            _ if !connection.is_mesh() && !self.routing.is_current(connection) => return,
+            _ => {}
         }
-        let Some(focus) = self.routing.focus_of(connection).cloned() else { return };
+        let focus = self.routing.focus_of(connection).cloned();
+        let is_ours = self.routing.is_ours(connection);
         match event {
             TransportEvent::Stage(reached) => {
-                self.timeline.add(now.instant, stage(connection, &focus, reached))
+                self.timeline.add(now.instant, stage(connection, focus.as_ref(), reached));
+                if is_ours && reached == crate::transport::ConnectStage::MediaUp {
+                    self.focus.media_up(now.instant);
+                }
             }
-            TransportEvent::MediaBlocked { tried } => self.tell(CallEvent::MediaBlocked { focus, tried }),
+            TransportEvent::MediaBlocked { tried } => {
+                if is_ours {
+                    self.focus.blocked(now.instant);
+                }
+                if let Some(focus) = focus {
+                    self.tell(CallEvent::MediaBlocked { focus, tried });
+                }
+            }
             TransportEvent::ParticipantJoined { identity } => {
                 self.peers.participant(now.instant, connection, &identity, None);
             }
@@ -279,8 +354,8 @@ impl CallMachine {
                 self.tell(CallEvent::KeyFrameRequested { track, layer });
             }
             TransportEvent::LocalTrackEnded { track, reason } => {
-                if self.locals.get(&track).is_some_and(|local| local.on == Some(connection)) {
-                    self.locals.remove(&track);
+                if is_ours && self.locals.get(&track).is_some_and(|local| local.on.contains(&connection)) {
+                    self.end_local(track);
                     self.tell(CallEvent::LocalTrackEnded { track, reason });
                 }
             }
@@ -291,19 +366,19 @@ impl CallMachine {
                 self.tell(CallEvent::TargetBitrate { track, bits_per_second });
             }
             TransportEvent::StreamPaused { sid, paused } => {
-                if let Some(peer) = self.peers.owner_of(connection, &sid) {
-                    let member = peer.member.clone();
+                if let Some(known) = self.peers.track(connection, &sid) {
+                    let (member, sid) = (known.member.clone(), known.track.sid.clone());
                     self.tell(CallEvent::StreamPaused { member, sid, paused });
                 }
             }
             TransportEvent::Speakers(speakers) => {
-                let routing = &self.routing;
+                let ways = (&self.routing, &self.paths, &self.signalling);
                 let speakers = speakers
                     .into_iter()
                     .filter_map(|speaker| {
                         let peer =
                             self.peers.member_of(connection, &speaker.identity, |connection, member| {
-                                carries(routing, connection, member)
+                                carries(ways, connection, member)
                             })?;
                         Some((peer.member.clone(), speaker.level))
                     })
@@ -311,10 +386,10 @@ impl CallMachine {
                 self.tell(CallEvent::Speakers(speakers));
             }
             TransportEvent::Quality { identity, quality } => {
-                let routing = &self.routing;
-                let peer = self.peers.member_of(connection, &identity, |connection, member| {
-                    carries(routing, connection, member)
-                });
+                let ways = (&self.routing, &self.paths, &self.signalling);
+                let peer = self
+                    .peers
+                    .member_of(connection, &identity, |connection, member| carries(ways, connection, member));
                 let member = peer.map(|peer| peer.member.clone());
                 // A participant who is nobody's may be us.
                 if member.is_some() || self.describe().is_some_and(|own| own.identity() == identity) {
@@ -325,9 +400,32 @@ impl CallMachine {
                 self.data(connection, &identity, reliability, body);
             }
             TransportEvent::Negotiated(_) => {}
-            TransportEvent::Reconnecting => self.tell(CallEvent::Reconnecting(focus)),
-            TransportEvent::Reconnected => self.tell(CallEvent::Connected(focus)),
+            TransportEvent::Reconnecting => {
+                if is_ours {
+                    self.focus.down(now.instant, 0);
+                }
+                self.tell_of(focus, CallEvent::Reconnecting);
+            }
+            TransportEvent::Reconnected => {
+                if is_ours {
+                    self.focus.up(now.instant);
+                }
+                self.tell_of(focus, CallEvent::Connected);
+            }
             TransportEvent::Disconnected(reason) => self.disconnected(now, connection, reason),
+        }
+    }
+
+    fn tell_of(&mut self, focus: Option<LiveKitFocus>, event: impl FnOnce(LiveKitFocus) -> CallEvent) {
+        if let Some(focus) = focus {
+            self.tell(event(focus));
+        }
+    }
+
+    /// Takes a local track from every connection that carries it.
+    fn end_local(&mut self, track: LocalTrackId) {
+        for connection in self.locals.remove(&track).map(|local| local.on).unwrap_or_default() {
+            self.outputs.push_back(Output::Unpublish { connection, track });
         }
     }
 
@@ -354,8 +452,8 @@ impl CallMachine {
         reliability: crate::transport::Reliability,
         body: DataBody,
     ) {
-        let routing = &self.routing;
-        let carries = |connection, member: &Member| carries(routing, connection, member);
+        let ways = (&self.routing, &self.paths, &self.signalling);
+        let carries = |connection, member: &Member| carries(ways, connection, member);
         let Some(peer) = self.peers.member_of(connection, identity, carries) else { return };
         let member = peer.member.clone();
         match body {
@@ -387,7 +485,8 @@ impl CallMachine {
         let mut silent = Vec::new();
         for peer in self.peers.iter_mut() {
             peer.ring.retire(now.instant);
-            for ((_, sid), track) in &mut peer.tracks {
+            for track in peer.tracks.values_mut() {
+                let sid = track.from.track.sid.clone();
                 let stats = track.counters.read();
                 let last = stats.last_opened_at(begin).unwrap_or(track.since).max(track.since);
                 if track.from.track.muted || now.instant.saturating_duration_since(last) < NO_MEDIA_AFTER {
@@ -408,12 +507,13 @@ impl CallMachine {
                     (true, true) => NoMediaCause::NoKey,
                     (true, false) => NoMediaCause::NothingOpens,
                 };
-                silent.push(CallEvent::NoMedia { member: peer.member.clone(), sid: sid.clone(), cause });
+                silent.push(CallEvent::NoMedia { member: peer.member.clone(), sid, cause });
             }
         }
         for event in silent {
             self.tell(event);
         }
+        self.settle_paths(now);
         if self.sealing.is_encrypted() && self.phase == Phase::Running {
             self.sealing.ring().retire(now.instant);
             self.watch_keys(now);

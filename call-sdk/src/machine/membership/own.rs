@@ -22,12 +22,11 @@ use std::{
 use rand::CryptoRng;
 use ruma_common::{EventId, OwnedEventId};
 
-use super::wire::{self, LeaveCode, MembershipMode, OwnDescription};
+use super::wire::{self, LeaveCode, MembershipMode, OwnDescription, OwnTransports};
 use crate::{
     matrix::{DelayId, DelayedAction, MemberEvent, RequestError, ScheduleForm},
     member::{Member, MemberId, MembershipForm},
     time::{Now, UnixMillis},
-    transport::LiveKitFocus,
 };
 
 mod config;
@@ -152,7 +151,7 @@ impl OwnMembership {
             Input::SlotClosed => self.end_if_in_call(now, EndReason::SlotClosed, LeaveCode::SlotClosed),
             Input::Redacted { by } => self.end_if_in_call(now, EndReason::Removed { by }, LeaveCode::Leave),
             Input::SetDescription(own) => self.describe(now, own),
-            Input::SetFocus(focus) => self.move_to(focus),
+            Input::SetTransports(transports) => self.move_to(transports),
             Input::SetIntent(intent) => {
                 if let Some(own) = self.wanted_mut() {
                     own.intent = intent;
@@ -387,9 +386,9 @@ impl OwnMembership {
         }
         let Some(own) = &mut self.own else { return };
         if is_same_membership(own, &new) {
-            let focus = new.focus.clone();
-            *own = OwnDescription { focus: own.focus.clone(), ..new };
-            return self.move_to(focus);
+            let transports = new.transports.clone();
+            *own = OwnDescription { transports: own.transports.clone(), ..new };
+            return self.move_to(transports);
         }
         let untouched = matches!(self.phase, Phase::Joining(_))
             && !self.maybe_published
@@ -406,11 +405,14 @@ impl OwnMembership {
         }
     }
 
-    fn move_to(&mut self, focus: LiveKitFocus) {
-        let Some(own) = self.wanted_mut().filter(|own| own.focus != focus) else { return };
-        let moved = !own.focus.is_same_as(&focus);
-        own.focus = focus;
-        if moved && !matches!(self.phase, Phase::Leaving(_)) {
+    fn move_to(&mut self, transports: OwnTransports) {
+        let Some(own) = self.wanted_mut() else { return };
+        let before = std::mem::replace(&mut own.transports, transports);
+        let stayed = match (&before.focus, &own.transports.focus) {
+            (Some(before), Some(now)) => before.is_same_as(now),
+            (before, now) => before.is_none() && now.is_none(),
+        };
+        if !stayed && !matches!(self.phase, Phase::Leaving(_)) {
             self.withdraw_delegation();
         }
     }

@@ -223,7 +223,12 @@ fn member(candidate: &Candidate, created: UnixMillis, oldest: Option<&LiveKitFoc
         form: membership.form,
         created,
         expires_at: membership.expires_at,
-        transports: foci.iter().cloned().map(Transport::LiveKit).collect(),
+        transports: foci
+            .iter()
+            .cloned()
+            .map(Transport::LiveKit)
+            .chain(membership.mesh.clone().map(Transport::Mesh))
+            .collect(),
         intent: membership.intent.clone(),
         event_id: candidate.event_id.clone(),
         reads_msc_keys: membership.reads_msc_keys,

@@ -8,6 +8,7 @@ use std::{
 use ruma_common::UserId;
 use serde_json::{Value, json};
 
+use super::wire::OwnTransports;
 pub(crate) use crate::machine::testing::{device, focus};
 use crate::{
     matrix::{MemberEvent, RoomView, SlotEvent},
@@ -114,4 +115,9 @@ pub(crate) fn sticky_content(user: &str, device: &str, member_id: &str) -> Value
         },
         "versions": [], "msc4354_sticky_key": member_id,
     })
+}
+
+/// On the focus behind a service.
+pub(crate) fn on(service: &str) -> OwnTransports {
+    OwnTransports { focus: Some(focus(service)), mesh: None }
 }

@@ -26,12 +26,12 @@ pub(crate) use read::{Ignored, Rejected, read, sticky_key};
 pub use write::MembershipMode;
 #[cfg(test)]
 pub(crate) use write::STICKY_DURATION;
-pub(crate) use write::{LeaveCode, OwnDescription, leave, membership, state_key};
+pub(crate) use write::{LeaveCode, OwnDescription, OwnTransports, leave, membership, state_key};
 
 use crate::{
     member::{MemberId, MembershipForm, ParticipantIdentity, Slot},
     time::UnixMillis,
-    transport::LiveKitFocus,
+    transport::{LiveKitFocus, MeshSession},
 };
 
 /// Event type of the state form (MSC3401).
@@ -66,6 +66,8 @@ pub(crate) struct ParsedMembership {
     pub expires_at: Option<UnixMillis>,
     /// Which focus carries its media.
     pub route: Route,
+    /// Its session in the mesh, if it can mesh.
+    pub mesh: Option<MeshSession>,
     /// `m.call.intent`.
     pub intent: Option<String>,
     /// Whether it reads key messages of MSC4143: it has `member.membership` or an `m.livekit` transport.

@@ -130,13 +130,19 @@ pub(crate) enum SignallingOutput {
 #[derive(Debug)]
 pub(crate) struct Signalling {
     us: Us,
+    next_route: u32,
     rng: StdRng,
 }
 
 impl Signalling {
-    /// No pair yet.
-    pub(crate) fn new(us: Us, rng: StdRng) -> Self {
-        Self { us, rng }
+    /// No pair yet. `next_route` is the first route that no connection of this call has had.
+    pub(crate) fn new(us: Us, next_route: u32, rng: StdRng) -> Self {
+        Self { us, next_route, rng }
+    }
+
+    /// The first route that no connection has had.
+    pub(crate) fn next_route(&self) -> u32 {
+        self.next_route
     }
 
     /// Takes in what happened.

@@ -7,12 +7,11 @@ use std::{
 
 use ruma_common::{OwnedEventId, OwnedUserId};
 
-use super::super::wire::OwnDescription;
+use super::super::wire::{OwnDescription, OwnTransports};
 use crate::{
     matrix::{DelayId, MatrixReply, MatrixRequest, RequestError, ServerSupport},
     member::{MemberId, MembershipForm},
     time::UnixMillis,
-    transport::LiveKitFocus,
 };
 
 /// Names a request until its reply.
@@ -38,9 +37,9 @@ pub(crate) enum Input {
     /// Be described like this from now on. A change of the event form, the slot or the sticky member id leaves the old
     /// membership and joins with the new one; anything else is published as an update. Ignored outside a call.
     SetDescription(OwnDescription),
-    /// Our transport moved. Published with the same creation time; a delegation to the service of another
-    /// deployment is undone, and [`Input::OfferDelegation`] starts one with the new focus. Ignored outside a call.
-    SetFocus(LiveKitFocus),
+    /// Our media moved. Published with the same creation time; a delegation to the service of another deployment is
+    /// undone, and [`Input::OfferDelegation`] starts one with the new focus. Ignored outside a call.
+    SetTransports(OwnTransports),
     /// The application changes its intent. Ignored outside a call.
     SetIntent(Option<String>),
     /// A sync was processed: what the room shows of us. To be given after every sync, not while syncing fails.
@@ -51,7 +50,7 @@ pub(crate) enum Input {
     /// What the homeserver supports, if the caller has read it. Without it the machine reads it on joining.
     Support(ServerSupport),
     /// We are on the SFU of our focus, and its service may take our delayed leave: [`Output::Delegate`] is possible. To
-    /// be given again after [`Input::SetFocus`], [`Input::SetDescription`] and [`Event::MemberIdChanged`], once the SFU
+    /// be given again after [`Input::SetTransports`], [`Input::SetDescription`] and [`Event::MemberIdChanged`], once the SFU
     /// knows us by the new identity.
     OfferDelegation,
     /// Publish again with a new creation time, so that members take us for a newcomer and send us their key: a remedy

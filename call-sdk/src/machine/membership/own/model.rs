@@ -10,7 +10,7 @@ use super::{
     *,
 };
 use crate::{
-    machine::membership::testing::focus,
+    machine::membership::testing::on,
     matrix::{ApiVersion, EventTarget, EventWrite, MatrixReply, MatrixRequest, ServerSupport},
 };
 
@@ -400,7 +400,7 @@ fn any_turn() -> impl Strategy<Value = Turn> {
     prop_oneof![
         1 => input(Just(Input::Leave)),
         2 => input(prop::option::of("[ab]").prop_map(Input::SetIntent)),
-        1 => input("[ab]".prop_map(|host| Input::SetFocus(focus(&format!("https://{host}.example"))))),
+        1 => input("[ab]".prop_map(|host| Input::SetTransports(on(&format!("https://{host}.example"))))),
         1 => input(Just(Input::Renew)),
         2 => input(Just(Input::OfferDelegation)),
         1 => any::<bool>().prop_map(Turn::Join),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     machine::{
-        membership::testing::{focus, state_content, state_event, sticky_content, sticky_event},
+        membership::testing::{on, state_content, state_event, sticky_content, sticky_event},
         testing::{device, state_member, sticky_member},
     },
     matrix::{ApiVersion, EventTarget, MatrixReply, MatrixRequest, ServerSupport},
@@ -26,7 +26,7 @@ pub(super) fn alice() -> OwnDescription {
         room_version: "12".to_owned(),
         slot: Slot::room_call(),
         mode: MembershipMode::Compatibility,
-        focus: focus("https://sfu.example"),
+        transports: on("https://sfu.example"),
         intent: None,
     }
 }
@@ -1061,7 +1061,7 @@ fn e51_nothing_is_asked_outside_a_call() {
         Input::OwnSeen(OwnSighting::Listed { created: Some(UnixMillis(1)) }),
         Input::OwnSeen(OwnSighting::NotSticky),
         Input::SetIntent(Some("audio".to_owned())),
-        Input::SetFocus(focus("https://other.example")),
+        Input::SetTransports(on("https://other.example")),
         Input::SetDescription(sticky_alice()),
         Input::Renew,
         Input::Leave,
@@ -1254,7 +1254,7 @@ fn renewal_is_ignored_where_the_oldest_member_decides() {
 fn moved_focus_is_published_with_the_same_creation_time() {
     let mut call = Call::joined(OwnConfig::default());
     call.input(Input::OwnSeen(OwnSighting::Listed { created: Some(UnixMillis(START + 70)) }));
-    call.input(Input::SetFocus(focus("https://other.example")));
+    call.input(Input::SetTransports(on("https://other.example")));
     call.run(1, obliging);
     let content = &call.puts()[0].1;
     assert_eq!(content["created_ts"], START + 70);
@@ -1799,7 +1799,7 @@ fn moved_focus_takes_the_leave_back_until_the_new_one_is_offered() {
     let mut call = delegated();
     call.run(100_000, obliging);
     call.log.clear();
-    call.input(Input::SetFocus(focus("https://other.example")));
+    call.input(Input::SetTransports(on("https://other.example")));
     call.run(100_001, naming);
     let kinds = call.requests();
     assert_eq!(kinds[0], Asked::Schedule { delay: ms(18_000), form: UNSTABLE });

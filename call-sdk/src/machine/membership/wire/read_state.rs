@@ -43,6 +43,7 @@ pub(super) fn read(event: &MemberEvent, content: &Fields) -> Result<ParsedMember
         Some(list) => transports::published(list, "foci_preferred")?,
     };
     let reads_msc_keys = published.names_merged_type;
+    let mesh = published.mesh.clone();
     Ok(ParsedMembership {
         // The first is what `/sfu/get` issues. A client that writes state and asks `/get_token` has a hashed one.
         identities: vec![
@@ -58,6 +59,7 @@ pub(super) fn read(event: &MemberEvent, content: &Fields) -> Result<ParsedMember
         created,
         expires_at: Some(created.plus(expires)),
         route: route(content, published)?,
+        mesh,
         intent: intent(optional_text(content, "m.call.intent")?),
         reads_msc_keys,
     })

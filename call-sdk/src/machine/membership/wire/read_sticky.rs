@@ -72,6 +72,7 @@ pub(super) fn read(
         expires_at: None,
         reads_msc_keys: membership.is_some() || published.names_merged_type,
         route: Route::Own(published.foci),
+        mesh: published.mesh,
         intent: ["m.call.intent", "intent"]
             .iter()
             .find_map(|name| intent(application.get(*name).and_then(Value::as_str))),

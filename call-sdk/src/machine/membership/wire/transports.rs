@@ -3,16 +3,21 @@
 use serde_json::Value;
 
 use super::Ignored;
-use crate::transport::LiveKitFocus;
+use crate::transport::{LiveKitFocus, MeshSession, mesh};
 
 /// Most entries of a list that are read, and most foci of a member. Deployed clients write one.
 const MAX_ENTRIES: usize = 16;
+
+/// Longest mesh session, in bytes.
+const MAX_SESSION: usize = 255;
 
 /// What a list of transports names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Published {
     /// The usable LiveKit foci in their order, one entry per deployment.
     pub(super) foci: Vec<LiveKitFocus>,
+    /// The session of the first usable mesh entry.
+    pub(super) mesh: Option<MeshSession>,
     /// Whether an entry has the type of merged MSC4195, `m.livekit`.
     pub(super) names_merged_type: bool,
 }
@@ -24,6 +29,7 @@ impl Published {
             add(&mut self.foci, focus);
         }
         self.foci.truncate(MAX_ENTRIES);
+        self.mesh = self.mesh.or(other.mesh);
         self
     }
 }
@@ -42,6 +48,9 @@ pub(super) fn published(list: &Value, name: &'static str) -> Result<Published, I
         if let Some(focus) = livekit_focus(entry) {
             add(&mut published.foci, focus);
         }
+        if published.mesh.is_none() && kind == mesh::TRANSPORT_TYPE {
+            published.mesh = mesh_session(entry);
+        }
     }
     Ok(published)
 }
@@ -57,6 +66,12 @@ fn livekit_focus(entry: &Value) -> Option<LiveKitFocus> {
     let service = text("livekit_service_url").and_then(|url| url.parse().ok());
     let sfu = text("url").and_then(|url| url.parse().ok());
     (service.is_some() || sfu.is_some()).then_some(LiveKitFocus { service, sfu })
+}
+
+/// Reads a mesh entry (`docs/mesh.md`).
+fn mesh_session(entry: &Value) -> Option<MeshSession> {
+    let session = entry.get("session_id")?.as_str()?;
+    (1..=MAX_SESSION).contains(&session.len()).then(|| MeshSession(session.to_owned()))
 }
 
 pub(super) fn is_livekit(kind: &str) -> bool {
@@ -157,6 +172,18 @@ mod tests {
             assert_eq!(published(&list, "list"), Err(Ignored::Malformed("list")), "{list}");
         }
         assert_eq!(published(&json!([]), "list"), Ok(Published::default()));
+    }
+
+    #[test]
+    fn mesh_entry_is_read_beside_foci() {
+        let mesh = |session: Value| json!({"type": "dev.antiphon.mesh", "session_id": session});
+        let list = json!([
+            {"type": "livekit", "livekit_service_url": "https://jwt.example"},
+            mesh(json!("")), mesh(json!(1)), mesh(json!("x".repeat(256))), mesh(json!("s1")), mesh(json!("s2")),
+        ]);
+        let published = published(&list, "list").unwrap();
+        assert_eq!(published.foci, [focus(Some("https://jwt.example"), None)]);
+        assert_eq!(published.mesh, Some(MeshSession("s1".to_owned())));
     }
 
     #[test]

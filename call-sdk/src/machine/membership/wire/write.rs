@@ -10,7 +10,7 @@ use crate::{
     matrix::{EventTarget, EventWrite},
     member::{Device, MemberId, MembershipForm, ParticipantIdentity, Slot},
     time::UnixMillis,
-    transport::LiveKitFocus,
+    transport::{LiveKitFocus, MeshSession, mesh},
 };
 
 /// How long our sticky events stay: the longest that MSC4354 allows. Join, update and leave use the same duration, as
@@ -48,6 +48,15 @@ impl MembershipMode {
     }
 }
 
+/// Where our media travels. With neither, nobody hears us.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct OwnTransports {
+    /// The focus that we publish on.
+    pub focus: Option<LiveKitFocus>,
+    /// Our session in the mesh, if we can mesh.
+    pub mesh: Option<MeshSession>,
+}
+
 /// What our membership says about us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct OwnDescription {
@@ -63,8 +72,8 @@ pub(crate) struct OwnDescription {
     pub mode: MembershipMode,
     /// Our membership's own id: random per join in the sticky form, `{user}:{device}` in the state form.
     pub member_id: MemberId,
-    /// Where we publish.
-    pub focus: LiveKitFocus,
+    /// Where our media travels.
+    pub transports: OwnTransports,
     /// `audio`, `video` or another; `None` leaves it out.
     pub intent: Option<String>,
 }
@@ -89,9 +98,12 @@ impl OwnDescription {
     /// Whether our transport entry has the type `m.livekit`. That type needs the SFU's URL, and `livekit` needs the
     /// authorisation service: where only one is known, it decides instead of the mode.
     fn publishes_merged_type(&self) -> bool {
-        match (&self.focus.service, &self.focus.sfu) {
-            (Some(_), Some(_)) => self.mode == MembershipMode::Matrix2Merged,
-            (service, _) => service.is_none(),
+        match &self.transports.focus {
+            Some(LiveKitFocus { service: Some(_), sfu: Some(_) }) => {
+                self.mode == MembershipMode::Matrix2Merged
+            }
+            Some(focus) => focus.service.is_none(),
+            None => false,
         }
     }
 }
@@ -178,9 +190,12 @@ fn state(own: &OwnDescription, content: Value) -> EventWrite {
 
 fn state_content(own: &OwnDescription, expires: Duration, created: Option<UnixMillis>) -> Value {
     let selection = if own.mode == MembershipMode::Legacy { "oldest_membership" } else { "multi_sfu" };
-    let foci = own.focus.service.iter().map(|service| {
+    let service = own.transports.focus.iter().filter_map(|focus| focus.service.as_ref());
+    let foci = service.map(|service| {
         json!({ "type": "livekit", "livekit_service_url": service.as_str(), "livekit_alias": own.room_id })
     });
+    // Deployed readers take the first entry alone, so the focus comes first.
+    let foci = foci.chain(own.transports.mesh.as_ref().map(mesh_entry));
     let mut content = json!({
         "application": own.slot.application,
         "call_id": own.slot.call_id(),
@@ -203,13 +218,20 @@ fn state_content(own: &OwnDescription, expires: Duration, created: Option<UnixMi
 /// A superset that validators of every sticky generation accept.
 fn sticky_content(own: &OwnDescription) -> Value {
     let kind = if own.publishes_merged_type() { "m.livekit" } else { "livekit" };
-    let mut transport = json!({ "type": kind });
-    if let Some(service) = &own.focus.service {
-        transport["livekit_service_url"] = json!(service.as_str());
-    }
-    if let Some(sfu) = &own.focus.sfu {
-        transport["url"] = json!(sfu.as_str());
-    }
+    let focus = own.transports.focus.as_ref().map(|focus| {
+        let mut transport = json!({ "type": kind });
+        if let Some(service) = &focus.service {
+            transport["livekit_service_url"] = json!(service.as_str());
+        }
+        if let Some(sfu) = &focus.sfu {
+            transport["url"] = json!(sfu.as_str());
+        }
+        transport
+    });
+    let mesh = own.transports.mesh.as_ref().map(mesh_entry);
+    let mut can_subscribe = vec!["m.livekit", "livekit"];
+    can_subscribe.extend(mesh.as_ref().map(|_| mesh::TRANSPORT_TYPE));
+    let transports: Vec<_> = focus.into_iter().chain(mesh).collect();
     let mut application = json!({ "type": own.slot.application });
     if let Some(intent) = &own.intent {
         // `intent` is the name of MSC4196, `m.call.intent` the deployed one.
@@ -225,10 +247,15 @@ fn sticky_content(own: &OwnDescription) -> Value {
             "user_id": own.device.user_id,
             "device_id": own.device.device_id,
         },
-        "transports": { "published": [transport], "can_subscribe": ["m.livekit", "livekit"] },
-        "rtc_transports": [transport],
+        "transports": { "published": transports, "can_subscribe": can_subscribe },
+        "rtc_transports": transports,
         "versions": [],
         "sticky_key": own.member_id,
         "msc4354_sticky_key": own.member_id,
     })
+}
+
+/// The entry of a member that can mesh (`docs/mesh.md`).
+fn mesh_entry(session: &MeshSession) -> Value {
+    json!({ "type": mesh::TRANSPORT_TYPE, "session_id": session.0 })
 }

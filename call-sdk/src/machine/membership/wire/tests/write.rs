@@ -38,7 +38,7 @@ fn own(mode: MembershipMode, focus: LiveKitFocus) -> OwnDescription {
         slot: Slot::room_call(),
         mode,
         member_id: MemberId(member_id.to_owned()),
-        focus,
+        transports: OwnTransports { focus: Some(focus), mesh: None },
         intent: Some("video".to_owned()),
     }
 }
@@ -223,7 +223,7 @@ proptest! {
         prop_assert_eq!(parsed.member_id, own.member_id);
         prop_assert_eq!(parsed.slot, own.slot);
         prop_assert_eq!(parsed.intent, own.intent);
-        let foci = vec![own.focus];
+        let foci = own.transports.focus.into_iter().collect();
         let is_oldest = mode == MembershipMode::Legacy;
         prop_assert_eq!(parsed.route, if is_oldest { Route::OldestMember(foci) } else { Route::Own(foci) });
         if mode.form() == MembershipForm::State {
