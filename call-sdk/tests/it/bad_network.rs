@@ -2,23 +2,16 @@
 //! when the focus, a member's network or a member's process was away.
 #![allow(clippy::disallowed_methods, reason = "a test is a shell: it starts the tasks that send")]
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    net::SocketAddr,
-    process::Stdio,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use antiphon_call_sdk::{
-    Call, CallEvents, CallOptions, ConnectFailure, Connected, Connector, EncodedFrame, LiveKitConnector,
-    LiveKitFocus, Member, Session, TrackSid, TrackSpec, TrackSummary, TrustPolicy,
+    Call, CallOptions, ConnectFailure, Connected, Connector, LiveKitConnector, LiveKitFocus, Member,
+    TrustPolicy,
     foci::SfuAccess,
     machine::AccessWanted,
     matrix::{DelayId, MatrixPort, RequestError, ServerSupport},
     transport::{NamedBy, livekit::Bind},
 };
-use antiphon_focus::{Config, Focus};
 use antiphon_testkit::{
     homeserver::{DevHomeserver, Options},
     peers::{Peer, ports},
@@ -27,85 +20,20 @@ use antiphon_testkit::{
 use async_trait::async_trait;
 use matrix_sdk::ruma::OwnedRoomId;
 use serde_json::json;
-use tokio::{net::TcpStream, process::Child, task::JoinSet};
 
 use crate::{
+    focus_process::FocusProcess,
     network::{Impairment, TcpRelay, UdpRelay},
+    speakers::{ENOUGH, Pairs, Speaker},
     support::{create_call_room, enter, log_in, turn, until},
 };
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// The longest Opus frame (RFC 6716 §2.1.4), as ten members decrypt ninety tracks on two cores in a debug build.
-const FRAME_EVERY: Duration = Duration::from_millis(60);
 const PERFECT: Impairment = Impairment { loss_percent: 0, jitter: Duration::ZERO };
 /// In each direction, so that a frame between two members passes it twice.
 const BAD: Impairment = Impairment { loss_percent: 5, jitter: Duration::from_millis(80) };
-/// More than the frames that are on their way when something breaks.
-const ENOUGH: u64 = 10;
-/// Every member must hear every other one in each such stretch of time.
-const WINDOW: Duration = Duration::from_secs(5);
-const WINDOWS: usize = 2;
 /// How soon everybody must hear everybody again after the focus was restarted.
 const RETURN_WITHIN: Duration = Duration::from_secs(30);
-
-const FOCUS: &str = "ANTIPHON_TEST_FOCUS";
-
-/// The process of a [`FocusProcess`].
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "only the process of a focus"]
-async fn focus_process() {
-    let Ok(addresses) = std::env::var(FOCUS) else { return };
-    let mut addresses = addresses.split(' ').map(|address| address.parse().unwrap());
-    let mut config = Config::dev();
-    // As in a deployment: the authorisation service makes the rooms.
-    config.auto_create = false;
-    config.http_bind = addresses.next().unwrap();
-    config.udp_bind = addresses.next().unwrap();
-    config.advertised = addresses.collect();
-    let _focus = Focus::start(config).await.unwrap();
-    std::future::pending::<()>().await;
-}
-
-/// A focus in a process of its own, which can be killed, and started again on the same ports.
-struct FocusProcess {
-    http: SocketAddr,
-    udp: SocketAddr,
-    advertised: SocketAddr,
-    child: Child,
-}
-
-impl FocusProcess {
-    async fn start(udp: SocketAddr, advertised: SocketAddr) -> Self {
-        let http = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
-        let mut focus = Self { http, udp, advertised, child: Self::spawn(http, udp, advertised) };
-        focus.ready().await;
-        focus
-    }
-
-    fn spawn(http: SocketAddr, udp: SocketAddr, advertised: SocketAddr) -> Child {
-        tokio::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "bad_network::focus_process", "--ignored", "--nocapture"])
-            .env(FOCUS, format!("{http} {udp} {advertised}"))
-            .stdout(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap()
-    }
-
-    async fn ready(&mut self) {
-        until("focus up", LIMIT, async || TcpStream::connect(self.http).await.is_ok()).await;
-    }
-
-    /// Ends the process at once, so that nobody is told.
-    async fn kill(&mut self) {
-        self.child.kill().await.unwrap();
-    }
-
-    async fn restart(&mut self) {
-        self.child = Self::spawn(self.http, self.udp, self.advertised);
-        self.ready().await;
-    }
-}
 
 /// A homeserver, and a focus behind a relay.
 struct Place {
@@ -144,134 +72,6 @@ impl Place {
             speakers.push(Speaker::of(call, events, session, store).await);
         }
         speakers
-    }
-}
-
-/// A member that sends a microphone, and reads its events so that they are not in the way.
-struct Speaker {
-    call: Arc<Call>,
-    _tasks: JoinSet<()>,
-    session: Session,
-    _store: tempfile::TempDir,
-}
-
-impl Speaker {
-    async fn of(call: Call, mut events: CallEvents, session: Session, store: tempfile::TempDir) -> Self {
-        let call = Arc::new(call);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move { while events.next().await.is_some() {} });
-        let track = call.publish(TrackSpec::microphone()).await.unwrap();
-        tasks.spawn(async move {
-            let mut ticks = tokio::time::interval(FRAME_EVERY);
-            let start = ticks.tick().await;
-            loop {
-                let timestamp = ticks.tick().await - start;
-                // A frame before our first key exists is dropped.
-                let _ = track.write(&EncodedFrame { payload: vec![0x78; 80].into(), timestamp });
-            }
-        });
-        Self { call, _tasks: tasks, session, _store: store }
-    }
-
-    fn user(&self) -> String {
-        self.session.client().user_id().unwrap().to_string()
-    }
-
-    fn tracks_of(&self, user: &str) -> impl Iterator<Item = TrackSummary> {
-        self.call.tracks().into_iter().filter(move |track| track.from.member.user_id == user)
-    }
-
-    /// How many frames of `user` opened so far.
-    fn opened(&self, user: &str) -> u64 {
-        self.tracks_of(user).map(|track| track.stats.opened).sum()
-    }
-}
-
-/// What every member hears of every other one, compared with an earlier time.
-struct Pairs<'a> {
-    speakers: &'a [Speaker],
-    users: Vec<String>,
-    /// Frames that opened and that did not, by listener and track.
-    before: HashMap<(usize, TrackSid), (u64, u64)>,
-}
-
-impl<'a> Pairs<'a> {
-    fn of(speakers: &'a [Speaker]) -> Self {
-        let mut pairs =
-            Self { speakers, users: speakers.iter().map(Speaker::user).collect(), before: HashMap::new() };
-        pairs.begin();
-        pairs
-    }
-
-    /// Compares with now from now on.
-    fn begin(&mut self) {
-        self.before.clear();
-        for (listener, speaker) in self.speakers.iter().enumerate() {
-            for track in speaker.call.tracks() {
-                let counts = (track.stats.opened, track.stats.missing_key + track.stats.refused);
-                self.before.insert((listener, track.from.track.sid.clone()), counts);
-            }
-        }
-    }
-
-    /// By listener and speaker, the frames that opened since [`Self::begin`], and those that did not.
-    fn heard(&self) -> impl Iterator<Item = (usize, usize, u64, u64)> {
-        let pair = |listener: usize, speaker: usize| {
-            let mut heard = (listener, speaker, 0, 0);
-            for track in self.speakers[listener].tracks_of(&self.users[speaker]) {
-                // A track that was published anew counts from zero.
-                let before = self.before.get(&(listener, track.from.track.sid.clone())).copied();
-                let (opened, refused) = before.unwrap_or_default();
-                heard.2 += track.stats.opened - opened;
-                heard.3 += track.stats.missing_key + track.stats.refused - refused;
-            }
-            heard
-        };
-        let count = self.speakers.len();
-        (0..count)
-            .flat_map(move |listener| (0..count).map(move |speaker| (listener, speaker)))
-            .filter(|(listener, speaker)| listener != speaker)
-            .map(move |(listener, speaker)| pair(listener, speaker))
-    }
-
-    /// Awaits that everybody hears everybody anew.
-    async fn until_heard(&mut self, limit: Duration, when: &str) {
-        self.begin();
-        let begin = Instant::now();
-        let waiting = async {
-            while self.heard().any(|(.., opened, _)| opened < ENOUGH) {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        };
-        if tokio::time::timeout(limit, waiting).await.is_err() {
-            self.fail(&format!("not heard within {limit:?} {when}")).await;
-        }
-        println!("everybody hears everybody {when} after {:?}", begin.elapsed());
-    }
-
-    /// Asserts that everybody hears everybody in each of [`WINDOWS`], and that every frame opens.
-    async fn hear_in_every_window(&mut self, when: &str) {
-        for window in 1..=WINDOWS {
-            self.begin();
-            tokio::time::sleep(WINDOW).await;
-            let heard: Vec<_> = self.heard().collect();
-            let least = heard.iter().map(|(.., opened, _)| *opened).min().unwrap();
-            let refused: u64 = heard.iter().map(|(.., refused)| refused).sum();
-            println!("window {window} {when}: at least {least} frames of each, {refused} did not open");
-            if least == 0 || refused > 0 {
-                self.fail(&format!("not all heard in window {window} {when}")).await;
-            }
-        }
-    }
-
-    async fn fail(&self, what: &str) -> ! {
-        let deaf: Vec<_> =
-            self.heard().filter(|(.., opened, refused)| *opened < ENOUGH || *refused > 0).collect();
-        let mut reports = Vec::new();
-        for listener in deaf.iter().map(|(listener, ..)| *listener).collect::<BTreeSet<_>>() {
-            reports.push((listener, self.speakers[listener].call.report().await));
-        }
-        panic!("{what}; listener, speaker, frames opened, not opened: {deaf:?}; {reports:#?}");
     }
 }
 

@@ -3,8 +3,11 @@
 #![allow(clippy::disallowed_methods, reason = "a test is a shell: it owns the clock and the tasks")]
 
 mod bad_network;
+mod focus_process;
 mod js_sdk;
 mod livekit_transport;
 mod matrix;
+mod mesh;
 mod network;
+mod speakers;
 mod support;

@@ -9,6 +9,7 @@ use std::{
 
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UdpSocket},
     task::{AbortHandle, JoinSet},
 };
@@ -131,6 +132,8 @@ async fn relay_back(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketA
 pub(crate) struct TcpRelay {
     port: u16,
     cut: Arc<tokio::sync::watch::Sender<bool>>,
+    /// What the clients have sent, all connections after each other.
+    sent: Arc<Mutex<Vec<u8>>>,
     accepting: AbortHandle,
 }
 
@@ -140,17 +143,20 @@ impl TcpRelay {
         let port = listener.local_addr().unwrap().port();
         let cut = Arc::new(tokio::sync::watch::channel(false).0);
         let is_cut = cut.clone();
+        let sent = Arc::<Mutex<Vec<u8>>>::default();
+        let tap = sent.clone();
         let accepting = tokio::spawn(async move {
             let mut connections = JoinSet::new();
-            while let Ok((mut client, _)) = listener.accept().await {
+            while let Ok((client, _)) = listener.accept().await {
                 let mut is_cut = is_cut.subscribe();
                 if *is_cut.borrow() {
                     continue;
                 }
+                let tap = tap.clone();
                 connections.spawn(async move {
                     let passing = async {
-                        if let Ok(mut server) = TcpStream::connect(server).await {
-                            drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+                        if let Ok(server) = TcpStream::connect(server).await {
+                            pass(client, server, &tap).await;
                         }
                     };
                     tokio::select! {
@@ -161,7 +167,12 @@ impl TcpRelay {
             }
         })
         .abort_handle();
-        Self { port, cut, accepting }
+        Self { port, cut, sent, accepting }
+    }
+
+    /// What the clients have sent so far, as text.
+    pub(crate) fn sent(&self) -> String {
+        String::from_utf8_lossy(&self.sent.lock().unwrap()).into_owned()
     }
 
     pub(crate) fn port(&self) -> u16 {
@@ -178,4 +189,24 @@ impl Drop for TcpRelay {
     fn drop(&mut self) {
         self.accepting.abort();
     }
+}
+
+async fn pass(client: TcpStream, server: TcpStream, tap: &Mutex<Vec<u8>>) {
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let up = async {
+        let mut buffer = vec![0; 65536];
+        while let Ok(size @ 1..) = from_client.read(&mut buffer).await {
+            tap.lock().unwrap().extend_from_slice(&buffer[..size]);
+            if to_server.write_all(&buffer[..size]).await.is_err() {
+                return;
+            }
+        }
+        drop(to_server.shutdown().await);
+    };
+    let down = async {
+        drop(tokio::io::copy(&mut from_server, &mut to_client).await);
+        drop(to_client.shutdown().await);
+    };
+    tokio::join!(up, down);
 }
