@@ -17,11 +17,17 @@ use crate::{
 
 #[cfg(feature = "webrtc")]
 mod connection;
+#[cfg_attr(not(test), allow(dead_code, reason = "calls do not use it yet"))]
 mod signalling;
+#[cfg_attr(not(test), allow(dead_code, reason = "calls do not use it yet"))]
 mod wire;
 
 #[cfg(feature = "webrtc")]
 pub use self::connection::{MeshConnection, MeshOptions};
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub use self::signalling::mesh_message;
+#[allow(unused_imports, reason = "calls do not use it yet")]
 pub(crate) use self::signalling::{MessageId, Signalling, SignallingInput, SignallingOutput, Us};
 
 /// The type of a mesh entry among a membership's transports.

@@ -1,17 +1,41 @@
-//! Who calls whom, and what is said until media flows: every pair of one call, without I/O.
+//! Signalling between mesh members: every pair of one call, without I/O.
+//!
+//! - [`pair`] decides who calls, settles crossing invites, and calls again after failures.
+//! - [`attempt`] negotiates one connection.
+//! - [`order`] sorts the other side's messages, [`outbox`] repeats ours, [`parked`] keeps those that come too early.
+//!
+//! Mutate once with [`Signalling::handle`], then call [`Signalling::poll`] until it returns `None`.
 
-use std::time::Instant;
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
 
-use rand::rngs::StdRng;
+use rand::{Rng as _, distr::Alphanumeric, rngs::StdRng};
 use ruma_common::OwnedRoomId;
 use serde_json::Value;
 
-use super::{MeshPeer, Negotiate, Negotiated};
+use self::{pair::Pair, parked::Parked};
+use super::{
+    MeshPeer, Negotiate, Negotiated,
+    wire::{self, CallId},
+};
 use crate::{
     matrix::Delivery,
     member::{Device, MemberKey, Slot},
     transport::{ConnectionId, MeshSession},
 };
+
+mod attempt;
+mod order;
+mod outbox;
+mod pair;
+mod parked;
+
+const RETRY_BASE: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Messages that wait for the memberships of their senders.
+const MAX_PARKED: usize = 32;
 
 /// Names a message until its outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -129,15 +153,33 @@ pub(crate) enum SignallingOutput {
 /// Every pair of one call.
 #[derive(Debug)]
 pub(crate) struct Signalling {
-    us: Us,
+    desk: Desk,
+    pairs: BTreeMap<MemberKey, Pair>,
+    /// Messages of senders without a membership.
+    parked: Parked,
     next_route: u32,
+}
+
+/// What the pairs share.
+#[derive(Debug)]
+struct Desk {
+    us: Us,
     rng: StdRng,
+    outputs: VecDeque<SignallingOutput>,
+    next_message: u64,
+    /// Counts our invites.
+    next_call: u64,
 }
 
 impl Signalling {
     /// No pair yet. `next_route` is the first route that no connection of this call has had.
     pub(crate) fn new(us: Us, next_route: u32, rng: StdRng) -> Self {
-        Self { us, next_route, rng }
+        Self {
+            desk: Desk { us, rng, outputs: VecDeque::new(), next_message: 0, next_call: 0 },
+            pairs: BTreeMap::new(),
+            parked: Parked::new(MAX_PARKED),
+            next_route,
+        }
     }
 
     /// The first route that no connection has had.
@@ -147,23 +189,134 @@ impl Signalling {
 
     /// Takes in what happened.
     pub(crate) fn handle(&mut self, now: Instant, input: SignallingInput<'_>) {
-        let _ = (now, input, &self.us, &self.rng);
+        match input {
+            SignallingInput::Peers { peers, moved } => self.peers(now, peers, moved),
+            SignallingInput::Message { from, event_type, content } => {
+                let Some(message) = wire::read(&self.desk.us, from, event_type, content) else { return };
+                let pair = self.pairs.values_mut().find(|pair| pair.is_with(from, &message.session));
+                match pair {
+                    Some(pair) => pair.message(now, &mut self.desk, message),
+                    None => self.parked.park(now, from, message),
+                }
+            }
+            SignallingInput::Sent { id, result } => {
+                // A repeated message has a new name; outcomes of the old one don't matter any more.
+                let _ = self.pairs.values_mut().any(|pair| pair.sent(now, id, &result));
+            }
+            SignallingInput::Opened { connection, result } => {
+                let pair = self.pairs.values_mut().find(|pair| pair.connection() == Some(connection));
+                if let Some(pair) = pair {
+                    pair.opened(now, &mut self.desk, result);
+                }
+            }
+            SignallingInput::Negotiated { connection, event } => {
+                let pair = self.pairs.values_mut().find(|pair| pair.connection() == Some(connection));
+                if let Some(pair) = pair {
+                    pair.negotiated(now, &mut self.desk, event);
+                }
+            }
+            SignallingInput::Leave => {
+                for pair in std::mem::take(&mut self.pairs).into_values() {
+                    pair.close(&mut self.desk, Some(wire::Reason::UserHangup));
+                }
+                self.parked.clear();
+            }
+        }
     }
 
     /// What to do next; `None` when nothing is due before [`Self::wake_at`].
     pub(crate) fn poll(&mut self, now: Instant) -> Option<SignallingOutput> {
-        let _ = now;
-        None
+        if self.desk.outputs.is_empty() {
+            self.parked.expire(now);
+            for pair in self.pairs.values_mut() {
+                pair.advance(now, &mut self.desk);
+            }
+        }
+        self.desk.outputs.pop_front()
     }
 
     /// When something is due by time alone.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
-        None
+        self.pairs.values().filter_map(Pair::wake_at).chain(self.parked.wake_at()).min()
     }
 
     /// The member behind a connection that is still current.
     pub(crate) fn member_of(&self, connection: ConnectionId) -> Option<&MemberKey> {
-        let _ = connection;
-        None
+        self.pairs.iter().find(|(_, pair)| pair.connection() == Some(connection)).map(|(member, _)| member)
+    }
+
+    /// How many messages and calls are kept, beside the present call of every pair.
+    #[cfg(any(test, feature = "fuzzing"))]
+    fn kept(&self) -> usize {
+        self.pairs.values().map(Pair::kept).sum::<usize>() + self.parked.len()
+    }
+
+    fn peers(&mut self, now: Instant, peers: Vec<MeshPeer>, moved: &[MemberKey]) {
+        let mut wanted = BTreeMap::new();
+        let mut addresses = BTreeSet::new();
+        for peer in peers {
+            // A message names a device and a session, so two memberships with both the same are one peer. Our own
+            // device can only be a membership that we left behind: Olm does not encrypt to itself.
+            let is_ours = peer.device == self.desk.us.device;
+            if !is_ours && addresses.insert((peer.device.clone(), peer.session.clone())) {
+                wanted.insert(peer.member.clone(), peer);
+            }
+        }
+        for (member, pair) in std::mem::take(&mut self.pairs) {
+            if wanted.get(&member) == Some(pair.peer()) {
+                wanted.remove(&member);
+                self.pairs.insert(member, pair);
+            } else {
+                // Nobody is left in an old session to read a hangup.
+                let moves = moved.contains(&member) && pair.calls();
+                pair.close(&mut self.desk, moves.then_some(wire::Reason::Moved));
+            }
+        }
+        for (member, peer) in wanted {
+            let pair = Pair::new(now, &self.desk.us, peer, self.next_route);
+            self.next_route = self.next_route.saturating_add(1);
+            self.pairs.insert(member, pair);
+        }
+        let parked = self.parked.take(now, |device, message| {
+            self.pairs.values().any(|pair| pair.is_with(device, &message.session))
+        });
+        for (device, message) in parked {
+            if let Some(pair) = self.pairs.values_mut().find(|pair| pair.is_with(&device, &message.session)) {
+                pair.message(now, &mut self.desk, message);
+            }
+        }
     }
 }
+
+impl Desk {
+    fn message_id(&mut self) -> MessageId {
+        let id = MessageId(self.next_message);
+        self.next_message += 1;
+        id
+    }
+
+    fn call_number(&mut self) -> u64 {
+        let number = self.next_call;
+        self.next_call += 1;
+        number
+    }
+
+    fn call_id(&mut self) -> CallId {
+        CallId((&mut self.rng).sample_iter(Alphanumeric).take(22).map(char::from).collect())
+    }
+}
+
+/// How long to wait after the n-th failure in a row (n from 1).
+fn retry_delay(failures: u32) -> Duration {
+    RETRY_BASE.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(RETRY_MAX)
+}
+
+#[cfg(feature = "fuzzing")]
+pub use self::properties::mesh_message;
+
+#[cfg(any(test, feature = "fuzzing"))]
+mod properties;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
