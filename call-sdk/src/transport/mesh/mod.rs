@@ -24,7 +24,7 @@ mod wire;
 
 #[cfg(feature = "webrtc")]
 pub use self::connection::{MeshConnection, MeshOptions};
-#[cfg(feature = "fuzzing")]
+#[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub use self::signalling::mesh_message;
 #[allow(unused_imports, reason = "calls do not use it yet")]

@@ -8,6 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt,
     time::{Duration, Instant},
 };
 
@@ -55,7 +56,6 @@ pub(crate) struct Us {
 }
 
 /// What happened.
-#[derive(Debug)]
 pub(crate) enum SignallingInput<'a> {
     /// The members that media is exchanged with directly from now on. A pair that is not among them any more is hung
     /// up, `moved` if its member is reached by a focus instead.
@@ -100,7 +100,7 @@ pub(crate) enum SignallingInput<'a> {
 }
 
 /// What to do.
-#[derive(Debug, PartialEq)]
+#[derive(PartialEq)]
 pub(crate) enum SignallingOutput {
     /// Send this, Olm-encrypted, to one device.
     Send {
@@ -306,12 +306,65 @@ impl Desk {
     }
 }
 
+// Contents of messages name addresses and are left out.
+impl fmt::Debug for SignallingInput<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Peers { peers, moved } => {
+                f.debug_struct("Peers").field("peers", peers).field("moved", moved).finish()
+            }
+            Self::Message { from, event_type, .. } => {
+                f.debug_struct("Message").field("from", from).field("event_type", event_type).finish()
+            }
+            Self::Sent { id, result } => {
+                f.debug_struct("Sent").field("id", id).field("result", result).finish()
+            }
+            Self::Opened { connection, result } => {
+                f.debug_struct("Opened").field("connection", connection).field("result", result).finish()
+            }
+            Self::Negotiated { connection, event } => {
+                f.debug_struct("Negotiated").field("connection", connection).field("event", event).finish()
+            }
+            Self::Leave => f.write_str("Leave"),
+        }
+    }
+}
+
+impl fmt::Debug for SignallingOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Send { id, to, event_type, .. } => f
+                .debug_struct("Send")
+                .field("id", id)
+                .field("to", to)
+                .field("event_type", event_type)
+                .finish(),
+            Self::Open { connection, member } => {
+                f.debug_struct("Open").field("connection", connection).field("member", member).finish()
+            }
+            Self::Negotiate { connection, command } => {
+                f.debug_struct("Negotiate").field("connection", connection).field("command", command).finish()
+            }
+            Self::Close { connection } => f.debug_struct("Close").field("connection", connection).finish(),
+            Self::Connected { connection, member } => {
+                f.debug_struct("Connected").field("connection", connection).field("member", member).finish()
+            }
+            Self::Failed { member, reason, failures } => f
+                .debug_struct("Failed")
+                .field("member", member)
+                .field("reason", reason)
+                .field("failures", failures)
+                .finish(),
+        }
+    }
+}
+
 /// How long to wait after the n-th failure in a row (n from 1).
 fn retry_delay(failures: u32) -> Duration {
     RETRY_BASE.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(RETRY_MAX)
 }
 
-#[cfg(feature = "fuzzing")]
+#[cfg(any(test, feature = "fuzzing"))]
 pub use self::properties::mesh_message;
 
 #[cfg(any(test, feature = "fuzzing"))]

@@ -361,12 +361,10 @@ impl Attempt {
                 self.remote_count += self.remote_candidates.len() - before;
                 self.flush_remote(talk);
             }
-            Body::Streams(streams) => {
-                if self.streams_seq.is_none_or(|latest| seq > latest) {
-                    self.streams_seq = Some(seq);
-                    self.remote_streams = Some(streams);
-                    self.flush_remote(talk);
-                }
+            Body::Streams(streams) if self.streams_seq.is_none_or(|latest| seq > latest) => {
+                self.streams_seq = Some(seq);
+                self.remote_streams = Some(streams);
+                self.flush_remote(talk);
             }
             _ => {}
         }
@@ -434,8 +432,9 @@ impl Attempt {
         if let Some(waiting) = self.local_streams.take().filter(|it| self.wants_offer || it != streams) {
             self.send(talk, Kind::Streams, &Body::Streams(waiting));
         }
-        if !self.local_candidates.is_empty() {
-            self.flush_at = self.flush_at.or(Some(talk.now + COLLECT));
+        if let Some(last) = self.local_candidates.last() {
+            let wait = if last.candidate.is_empty() { Duration::ZERO } else { COLLECT };
+            self.flush_at = Some(talk.now + wait);
         }
     }
 

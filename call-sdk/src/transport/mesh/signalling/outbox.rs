@@ -3,7 +3,10 @@
 //! They are kept after they were sent, because the other side may not have got them. A message that the homeserver does
 //! not take holds up all of them for a while: the next one would fail, too.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 use serde_json::Value;
 
@@ -35,7 +38,6 @@ enum State {
     Sent,
 }
 
-#[derive(Debug)]
 struct Entry {
     kind: Kind,
     state: State,
@@ -137,5 +139,12 @@ impl Outbox {
 impl Entry {
     fn is_sent(&self) -> bool {
         self.state == State::Sent
+    }
+}
+
+// The content names addresses and is left out.
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({:?})", self.event_type, self.state)
     }
 }

@@ -392,7 +392,8 @@ fn their_candidates_and_streams_wait_for_their_description() {
 fn messages_are_sent_again_until_something_new_is_heard() {
     let mut bench = Bench::caller();
     let (connection, call) = bench.called();
-    bench.event(connection, Negotiated::CandidatesEnd);
+    let said = bench.event(connection, Negotiated::CandidatesEnd);
+    bench.delivered(&said);
     let said = bench.pass(Duration::from_millis(2_999));
     assert_eq!(said.types(), [""; 0]);
     let first = bench.pass(Duration::from_millis(1));
