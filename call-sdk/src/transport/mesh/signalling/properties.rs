@@ -45,7 +45,7 @@ pub fn mesh_message(data: &[u8]) {
     let us = Us { room_id, slot: Slot::room_call(), device, session: MeshSession("ours".to_owned()) };
     let mut bench = Bench {
         now: Instant::now(),
-        machine: Signalling::new(us, StdRng::seed_from_u64(1)),
+        machine: Signalling::new(us, ConnectionId::FIRST_MESH_ROUTE, StdRng::seed_from_u64(1)),
         bob,
         connection: None,
         call: Value::from("call"),

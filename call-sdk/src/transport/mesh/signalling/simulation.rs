@@ -151,7 +151,7 @@ fn machine(process: Process, seed: u64) -> Signalling {
         device: device(process.0),
         session: session(process),
     };
-    Signalling::new(us, StdRng::seed_from_u64(seed))
+    Signalling::new(us, ConnectionId::FIRST_MESH_ROUTE, StdRng::seed_from_u64(seed))
 }
 
 fn tracks(count: usize) -> Streams {

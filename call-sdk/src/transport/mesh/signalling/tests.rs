@@ -80,7 +80,7 @@ impl Bench {
             device: testing::device(user, "US"),
             session: session("ours"),
         };
-        let machine = Signalling::new(us, StdRng::seed_from_u64(1));
+        let machine = Signalling::new(us, ConnectionId::FIRST_MESH_ROUTE, StdRng::seed_from_u64(1));
         Self { now: Instant::now(), machine, bob_session: "bobs" }
     }
 
