@@ -4,13 +4,13 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{
-    Shared,
-    data::{LOSSY, RELIABLE, Sent, decode, encode},
-};
+use super::{Shared, resumption::Sent};
 use crate::transport::{
     DataPacket, Reliability, TransportError, TransportEvent,
-    rtc::engine::{Channel, ChannelEvent, Peer},
+    rtc::{
+        data::{LOSSY, RELIABLE, decode, encode},
+        engine::{Channel, ChannelEvent, Peer},
+    },
 };
 
 /// Packets of the application that may wait for the connection.

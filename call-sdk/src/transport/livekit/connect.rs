@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -15,7 +15,7 @@ use crate::{
     addresses::AddressRule,
     transport::{
         TransportError,
-        rtc::{IceServer, Network},
+        rtc::{Bind, IceServer, Network},
     },
 };
 
@@ -84,14 +84,10 @@ impl ConnectOptions {
     /// The local socket addresses that [`Self::bind`] means for this URL.
     fn local_addresses(&self) -> Vec<SocketAddr> {
         match &self.bind {
-            Bind::Addresses(addresses) => addresses.clone(),
             Bind::Auto if is_loopback(&self.url) => {
                 vec![SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)]
             }
-            Bind::Auto => vec![
-                SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
-                SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0),
-            ],
+            bind => bind.addresses(),
         }
     }
 }
@@ -108,17 +104,6 @@ impl fmt::Debug for ConnectOptions {
             .field("relay_only", &self.relay_only)
             .finish()
     }
-}
-
-/// On which local addresses media travels.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Bind {
-    /// Every interface; only `127.0.0.1` if the SFU's URL names a loopback host.
-    #[default]
-    Auto,
-    /// Exactly these addresses; port 0 picks a free one.
-    Addresses(Vec<SocketAddr>),
 }
 
 impl From<proto::IceServer> for IceServer {

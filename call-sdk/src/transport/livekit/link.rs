@@ -14,14 +14,13 @@ use super::{
     Shared,
     channels::OwnChannels,
     connect::{ConnectOptions, open_signalling},
-    local::LocalTrack,
     net,
     peers::{PeerEvents, Peers, Side},
     publications::Publications,
 };
 use crate::transport::{
     ConnectStage, LocalTrackId, Subscription, TrackSid, TransportError,
-    rtc::{IceServer, engine::OutgoingTrack},
+    rtc::{IceServer, engine::OutgoingTrack, local::LocalTrack},
 };
 
 /// How long a peer connection may take from its description to the first flow of media.

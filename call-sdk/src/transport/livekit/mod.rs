@@ -3,9 +3,10 @@
 //! The signalling is LiveKit's v1, with one peer connection that carries both directions, or v0 with two. `session` is
 //! the task that owns the connection; `settle` is what it does for the application, `hear` what it does about messages
 //! of the SFU, and `restore` what it does when the connection is lost. `link` is one connection, from join to loss.
-//! Decisions are made in plain structs without I/O: `desired` (the application's wishes), `roster` (participants and
-//! their tracks), `publications` (the way of our tracks to the SFU), `data` (the framing of data packets), `bitrate`
-//! (shares of the uplink). Only `rtc::engine` knows the WebRTC engine and the work-arounds that it needs.
+//! Decisions are made in plain structs without I/O: `roster` (participants and their tracks), `publications` (the way of
+//! our tracks to the SFU), `resumption` (data packets around an interruption). What it shares with other connections is
+//! in [`rtc`](super::rtc): the application's wishes, local and remote tracks, the framing of data packets, shares of the
+//! uplink. Only `rtc::engine` knows the WebRTC engine and the work-arounds that it needs.
 //!
 //! What it does not do:
 //!
@@ -25,18 +26,15 @@ use livekit_protocol::JoinResponse;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub use self::connect::{Bind, ConnectOptions};
+pub use self::connect::ConnectOptions;
 use self::{
     channels::{Outbound, QUEUE},
-    data::Sequences,
-    desired::Desired,
-    events::EventSink,
     link::Link,
-    local::LocalTrack,
-    remote::RemoteTracks,
+    resumption::Sequences,
     session::Session,
 };
-pub use super::rtc::IceServer;
+use super::rtc::{data, desired::Desired, events::EventSink, remote::RemoteTracks};
+pub use super::rtc::{Bind, IceServer};
 use crate::{
     media::TrackSpec,
     transport::{
@@ -45,22 +43,17 @@ use crate::{
     },
 };
 
-mod bitrate;
 mod channels;
 mod connect;
-mod data;
-mod desired;
 mod ending;
-mod events;
 mod hear;
 mod link;
-mod local;
 mod net;
 mod peers;
 mod publications;
-mod remote;
 mod requests;
 mod restore;
+mod resumption;
 mod roster;
 mod session;
 mod settle;
@@ -137,11 +130,7 @@ impl MediaTransport for LiveKitTransport {
         encrypted: bool,
     ) -> Result<Arc<dyn Outlet>, TransportError> {
         requests::check(&spec)?;
-        let (local, answer) = LocalTrack::new(track, spec, encrypted);
-        self.shared.desired.publish(Arc::clone(&local))?;
-        let publication = Publication { shared: &self.shared, local: Some(local) };
-        answer.await.unwrap_or(Err(TransportError::Closed))?;
-        publication.keep().map(|local| local as Arc<dyn Outlet>).ok_or(TransportError::Closed)
+        Ok(self.shared.desired.publication(track, spec, encrypted).await?)
     }
 
     fn unpublish(&self, track: LocalTrackId) {
@@ -189,26 +178,6 @@ impl MediaTransport for LiveKitTransport {
         self.shared.desired.close();
         if tokio::time::timeout(CLOSE_TIMEOUT, self.shared.ended.cancelled()).await.is_err() {
             tracing::warn!("an SFU connection did not close in time");
-        }
-    }
-}
-
-/// A publication that is under way: dropping it takes the track back.
-struct Publication<'a> {
-    shared: &'a Shared,
-    local: Option<Arc<LocalTrack>>,
-}
-
-impl Publication<'_> {
-    fn keep(mut self) -> Option<Arc<LocalTrack>> {
-        self.local.take()
-    }
-}
-
-impl Drop for Publication<'_> {
-    fn drop(&mut self) {
-        if let Some(local) = self.local.take() {
-            self.shared.desired.unpublish(&local);
         }
     }
 }

@@ -2,10 +2,12 @@
 
 use livekit_protocol as proto;
 
-use super::local::{LocalTrack, MOST_LAYERS};
 use crate::{
     media::{Codec, TrackSource, TrackSpec},
-    transport::{Subscription, TrackSid, TransportError},
+    transport::{
+        Subscription, TrackSid, TransportError,
+        rtc::local::{LocalTrack, MOST_LAYERS},
+    },
 };
 
 /// Whether this transport can carry such a track.

@@ -16,7 +16,6 @@ use super::{
     link::{Link, MEDIA_BLOCKED, MEDIA_TIMEOUT, Progress},
     peers::Side,
     publications::ANSWER_TO_ADD_TRACK,
-    remote,
     restore::Restoring,
     roster::{ParticipantView, Roster},
 };
@@ -27,6 +26,7 @@ use crate::{
         rtc::{
             engine::{IncomingTrack, PeerEvent},
             pace::Backoff,
+            remote,
         },
     },
 };

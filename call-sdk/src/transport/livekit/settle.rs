@@ -6,15 +6,19 @@ use livekit_protocol::{self as proto, signal_request as request};
 use tokio::time::Instant;
 
 use super::{
-    bitrate,
     ending::{End, lost},
     link::{Asked, Link, Progress, description},
-    local::{self, LocalTrack},
     peers::Side,
     requests,
     session::Session,
 };
-use crate::transport::{LocalTrackId, Subscription, TransportError, TransportEvent};
+use crate::transport::{
+    LocalTrackId, Subscription, TransportError, TransportEvent,
+    rtc::{
+        bitrate,
+        local::{self, LocalTrack},
+    },
+};
 
 impl Session {
     /// Brings the connection in line with what the application wants, and what follows from what just happened.

@@ -8,7 +8,7 @@ use crate::{
     member::ParticipantIdentity,
     transport::{
         MeshTransport, TransportError, TransportEvent,
-        livekit::{Bind, IceServer},
+        rtc::{Bind, IceServer},
     },
 };
 

@@ -1,6 +1,10 @@
 //! STUN and TURN servers, and how the network may be used.
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
 
 use super::turn_stream::{StreamServer, TurnStream};
 use crate::{
@@ -17,6 +21,30 @@ pub struct IceServer {
     pub username: String,
     /// TURN password; empty for STUN.
     pub credential: String,
+}
+
+/// On which local addresses media travels.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Bind {
+    /// Every interface; only `127.0.0.1` if the SFU's URL names a loopback host.
+    #[default]
+    Auto,
+    /// Exactly these addresses; port 0 picks a free one.
+    Addresses(Vec<SocketAddr>),
+}
+
+impl Bind {
+    /// The socket addresses that it means away from this machine.
+    pub(in crate::transport) fn addresses(&self) -> Vec<SocketAddr> {
+        match self {
+            Self::Addresses(addresses) => addresses.clone(),
+            Self::Auto => vec![
+                SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+                SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0),
+            ],
+        }
+    }
 }
 
 /// How a peer connection may use the network.

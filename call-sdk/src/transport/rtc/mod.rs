@@ -1,6 +1,10 @@
 //! One peer connection: encoded frames into RTP payloads and back, without I/O, and in `engine` the connection itself
 //! over the WebRTC crates.
 //!
+//! Connections to an SFU and to a mesh peer share what is around it: `desired` (the application's wishes), `local` and
+//! `remote` (tracks), `data` (the framing of data packets), `bitrate` (shares of the uplink), `events` (the queue to the
+//! application).
+//!
 //! A sending track owns a [`Packetiser`], a receiving one a [`Reassembler`]; both are plain structs that are given
 //! the time. Frames are opaque and usually sealed by [`frame_crypto`](crate::frame_crypto), so the one rule here
 //! is that a frame leaves the reassembler byte for byte as it entered the packetiser:
@@ -18,14 +22,26 @@
 //! | AV1 | AV1 RTP payload format | no delimiters, tile lists and padding; never sealed |
 
 #[cfg(feature = "webrtc")]
+pub(in crate::transport) mod bitrate;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod data;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod desired;
+#[cfg(feature = "webrtc")]
 pub(in crate::transport) mod engine;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod events;
 #[cfg(feature = "webrtc")]
 mod ice;
 mod jitter;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod local;
 #[cfg(any(feature = "webrtc", test))]
 pub(in crate::transport) mod pace;
 mod packetiser;
 mod payload;
+#[cfg(feature = "webrtc")]
+pub(in crate::transport) mod remote;
 #[cfg(feature = "webrtc")]
 pub(in crate::transport) mod sections;
 #[cfg(feature = "webrtc")]
@@ -37,7 +53,7 @@ mod interop;
 mod tests;
 
 #[cfg(feature = "webrtc")]
-pub use self::ice::IceServer;
+pub use self::ice::{Bind, IceServer};
 #[cfg(feature = "webrtc")]
 pub(in crate::transport) use self::ice::Network;
 pub use self::{

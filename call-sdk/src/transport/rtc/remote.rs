@@ -1,4 +1,5 @@
-//! A remote track: from the subscriber's RTP to whole frames at the receiver that is attached to it.
+//! A remote track: from RTP to whole frames at the receiver that is attached to it.
+#![allow(clippy::disallowed_methods, reason = "the tasks of the shell, which owns the clock")]
 
 use std::{
     collections::HashMap,
@@ -10,7 +11,6 @@ use std::{
 use bytes::Bytes;
 use tokio::{sync::Notify, time::Instant};
 
-use super::desired::MOST_REMOTE_TRACKS;
 use crate::{
     media::Codec,
     transport::{
@@ -23,12 +23,14 @@ use crate::{
     },
 };
 
+/// More remote tracks than any call has.
+pub(in crate::transport) const MOST_REMOTE_TRACKS: usize = 4096;
 /// The most a track asks for key frames; the SFU and the sender throttle at the same pace.
 const KEY_FRAME_REQUESTS: Duration = Duration::from_millis(500);
 
 /// The remote tracks and their receivers, across connections.
 #[derive(Default)]
-pub(super) struct RemoteTracks(Mutex<State>);
+pub(in crate::transport) struct RemoteTracks(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -39,14 +41,14 @@ struct State {
 
 /// One remote track as its reader and the transport's handle share it.
 #[derive(Default)]
-pub(super) struct RemoteTrack {
+pub(in crate::transport) struct RemoteTrack {
     receiver: RwLock<Option<Arc<dyn FrameReceiver>>>,
     key_frame_wanted: Notify,
 }
 
 impl RemoteTracks {
     /// Frames of `sid` go to `receiver` from now on.
-    pub(super) fn attach(&self, sid: &TrackSid, receiver: Option<Arc<dyn FrameReceiver>>) {
+    pub(in crate::transport) fn attach(&self, sid: &TrackSid, receiver: Option<Arc<dyn FrameReceiver>>) {
         let mut state = self.state();
         if let Some(receiver) = &receiver
             && !state.trailer.is_empty()
@@ -62,7 +64,7 @@ impl RemoteTracks {
     }
 
     /// Tells every receiver what the SFU appends to frames of its own.
-    pub(super) fn set_trailer(&self, trailer: Bytes) {
+    pub(in crate::transport) fn set_trailer(&self, trailer: Bytes) {
         let mut state = self.state();
         if state.trailer == trailer {
             return;
@@ -76,7 +78,7 @@ impl RemoteTracks {
     }
 
     /// Asks for a key frame of `sid`.
-    pub(super) fn request_key_frame(&self, sid: &TrackSid) {
+    pub(in crate::transport) fn request_key_frame(&self, sid: &TrackSid) {
         let track = self.state().tracks.get(sid).cloned();
         if let Some(track) = track {
             track.key_frame_wanted.notify_one();
@@ -84,12 +86,12 @@ impl RemoteTracks {
     }
 
     /// Forgets the tracks that `exists` denies.
-    pub(super) fn retain(&self, exists: impl Fn(&TrackSid) -> bool) {
+    pub(in crate::transport) fn retain(&self, exists: impl Fn(&TrackSid) -> bool) {
         self.state().tracks.retain(|sid, _| exists(sid));
     }
 
     /// The track for its reader; `None` if there are too many.
-    pub(super) fn track(&self, sid: &TrackSid) -> Option<Arc<RemoteTrack>> {
+    pub(in crate::transport) fn track(&self, sid: &TrackSid) -> Option<Arc<RemoteTrack>> {
         self.state().track(sid)
     }
 
@@ -127,7 +129,7 @@ impl fmt::Debug for RemoteTracks {
 /// Reads one track to its end.
 ///
 /// It never waits for the application: the engine drops packets silently as soon as its own short queue is full.
-pub(super) async fn read(incoming: IncomingTrack, track: Arc<RemoteTrack>) {
+pub(in crate::transport) async fn read(incoming: IncomingTrack, track: Arc<RemoteTrack>) {
     let mut requests = Throttle::new(KEY_FRAME_REQUESTS);
     let mut stream: Option<Stream> = None;
     let mut payload = Vec::new();

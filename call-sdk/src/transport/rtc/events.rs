@@ -12,7 +12,7 @@ const EVENTS: usize = 1024;
 
 /// The sending end of the event queue.
 #[derive(Debug)]
-pub(super) struct EventSink {
+pub(in crate::transport) struct EventSink {
     /// Empty after the last event, so that the reader finds the end.
     queue: RwLock<Option<mpsc::Sender<TransportEvent>>>,
     /// Set when the transport closes: nobody waits for the reader any more.
@@ -20,13 +20,13 @@ pub(super) struct EventSink {
 }
 
 impl EventSink {
-    pub(super) fn new() -> (Self, mpsc::Receiver<TransportEvent>) {
+    pub(in crate::transport) fn new() -> (Self, mpsc::Receiver<TransportEvent>) {
         let (queue, receiver) = mpsc::channel(EVENTS);
         (Self { queue: RwLock::new(Some(queue)), closing: CancellationToken::new() }, receiver)
     }
 
     /// Queues an event, waiting for room. Returns whether anybody can still read it.
-    pub(super) async fn send(&self, event: TransportEvent) -> bool {
+    pub(in crate::transport) async fn send(&self, event: TransportEvent) -> bool {
         let Some(queue) = self.sender() else { return false };
         tokio::select! {
             biased;
@@ -36,14 +36,14 @@ impl EventSink {
     }
 
     /// Queues an event that may be lost, such as a request that its sender repeats.
-    pub(super) fn offer(&self, event: TransportEvent) {
+    pub(in crate::transport) fn offer(&self, event: TransportEvent) {
         if self.sender().is_some_and(|queue| queue.try_send(event).is_err()) {
             tracing::debug!("the event queue of a transport is full; an event was dropped");
         }
     }
 
     /// Queues the last event if there is room, and ends the queue; nobody waits for the reader any more.
-    pub(super) fn last(&self, event: TransportEvent) {
+    pub(in crate::transport) fn last(&self, event: TransportEvent) {
         self.closing.cancel();
         let queue = self.queue.write().unwrap_or_else(PoisonError::into_inner).take();
         if queue.is_some_and(|queue| queue.try_send(event).is_err()) {
@@ -52,12 +52,12 @@ impl EventSink {
     }
 
     /// Stops waiting for the reader.
-    pub(super) fn close(&self) {
+    pub(in crate::transport) fn close(&self) {
         self.closing.cancel();
     }
 
     /// Resolves when nobody will read any more.
-    pub(super) async fn abandoned(&self) {
+    pub(in crate::transport) async fn abandoned(&self) {
         if let Some(queue) = self.sender() {
             queue.closed().await;
         }

@@ -1,5 +1,5 @@
-//! What the application wants of a connection. Its handle writes it at once; the session brings the SFU in line with
-//! it whenever it can. Nothing queues up: the latest wish replaces the one before.
+//! What the application wants of a connection. Its handle writes it at once; the task behind it brings the connection in
+//! line with it whenever it can. Nothing queues up: the latest wish replaces the one before.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -8,17 +8,18 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::local::LocalTrack;
-use crate::transport::{LocalTrackId, Subscription, TrackSid, TransportError};
+use super::{local::LocalTrack, remote::MOST_REMOTE_TRACKS};
+use crate::{
+    media::TrackSpec,
+    transport::{LocalTrackId, Subscription, TrackSid, TransportError},
+};
 
 /// More local tracks than any member publishes.
 const MOST_LOCAL_TRACKS: usize = 64;
-/// More remote tracks than any call has.
-pub(super) const MOST_REMOTE_TRACKS: usize = 4096;
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Desired {
+pub(in crate::transport) struct Desired {
     state: Mutex<State>,
     changed: Notify,
 }
@@ -33,11 +34,28 @@ struct State {
 }
 
 impl Desired {
+    /// Adds a local track and waits until it is live. Dropping the future takes the track back.
+    ///
+    /// # Errors
+    /// As [`Self::publish`], or why the track did not become live.
+    pub(in crate::transport) async fn publication(
+        &self,
+        track: LocalTrackId,
+        spec: TrackSpec,
+        encrypted: bool,
+    ) -> Result<Arc<LocalTrack>, TransportError> {
+        let (local, answer) = LocalTrack::new(track, spec, encrypted);
+        self.publish(Arc::clone(&local))?;
+        let publication = Publication { desired: self, local: Some(local) };
+        answer.await.unwrap_or(Err(TransportError::Closed))?;
+        publication.keep().ok_or(TransportError::Closed)
+    }
+
     /// Adds a local track.
     ///
     /// # Errors
     /// The connection is closed, the id is taken, or there are too many tracks.
-    pub(super) fn publish(&self, track: Arc<LocalTrack>) -> Result<(), TransportError> {
+    pub(in crate::transport) fn publish(&self, track: Arc<LocalTrack>) -> Result<(), TransportError> {
         let mut state = self.state();
         if state.closed {
             return Err(TransportError::Closed);
@@ -55,7 +73,7 @@ impl Desired {
     }
 
     /// Takes a local track back; a later one under the same id stays.
-    pub(super) fn unpublish(&self, track: &Arc<LocalTrack>) {
+    pub(in crate::transport) fn unpublish(&self, track: &Arc<LocalTrack>) {
         let mut state = self.state();
         if state.tracks.get(&track.id).is_some_and(|present| Arc::ptr_eq(present, track)) {
             state.tracks.remove(&track.id);
@@ -66,16 +84,16 @@ impl Desired {
     }
 
     /// The local track under this id.
-    pub(super) fn track(&self, id: LocalTrackId) -> Option<Arc<LocalTrack>> {
+    pub(in crate::transport) fn track(&self, id: LocalTrackId) -> Option<Arc<LocalTrack>> {
         self.state().tracks.get(&id).cloned()
     }
 
     /// All local tracks, by id.
-    pub(super) fn tracks(&self) -> BTreeMap<LocalTrackId, Arc<LocalTrack>> {
+    pub(in crate::transport) fn tracks(&self) -> BTreeMap<LocalTrackId, Arc<LocalTrack>> {
         self.state().tracks.clone()
     }
 
-    pub(super) fn subscribe(&self, sid: &TrackSid, subscription: Subscription) {
+    pub(in crate::transport) fn subscribe(&self, sid: &TrackSid, subscription: Subscription) {
         let mut state = self.state();
         if state.closed
             || (state.subscriptions.len() >= MOST_REMOTE_TRACKS && !state.subscriptions.contains_key(sid))
@@ -88,7 +106,7 @@ impl Desired {
     }
 
     /// The wanted subscriptions, without those to tracks that `exists` denies.
-    pub(super) fn subscriptions(
+    pub(in crate::transport) fn subscriptions(
         &self,
         exists: impl Fn(&TrackSid) -> bool,
     ) -> HashMap<TrackSid, Subscription> {
@@ -98,38 +116,38 @@ impl Desired {
     }
 
     /// Tells the session to look again, for changes that are kept elsewhere (mute).
-    pub(super) fn touch(&self) {
+    pub(in crate::transport) fn touch(&self) {
         self.changed.notify_one();
     }
 
     /// Asks for data channels.
-    pub(super) fn want_data(&self) {
+    pub(in crate::transport) fn want_data(&self) {
         if !std::mem::replace(&mut self.state().data, true) {
             self.changed.notify_one();
         }
     }
 
-    pub(super) fn wants_data(&self) -> bool {
+    pub(in crate::transport) fn wants_data(&self) -> bool {
         self.state().data
     }
 
     /// Asks the session to leave.
-    pub(super) fn close(&self) {
+    pub(in crate::transport) fn close(&self) {
         self.state().closed = true;
         self.changed.notify_one();
     }
 
-    pub(super) fn is_closed(&self) -> bool {
+    pub(in crate::transport) fn is_closed(&self) -> bool {
         self.state().closed
     }
 
     /// Resolves after something changed.
-    pub(super) async fn changed(&self) {
+    pub(in crate::transport) async fn changed(&self) {
         self.changed.notified().await;
     }
 
     /// Fails every track: the connection has ended.
-    pub(super) fn end(&self) {
+    pub(in crate::transport) fn end(&self) {
         let tracks = {
             let mut state = self.state();
             state.closed = true;
@@ -147,10 +165,29 @@ impl Desired {
     }
 }
 
+/// A publication that is under way: dropping it takes the track back.
+struct Publication<'a> {
+    desired: &'a Desired,
+    local: Option<Arc<LocalTrack>>,
+}
+
+impl Publication<'_> {
+    fn keep(mut self) -> Option<Arc<LocalTrack>> {
+        self.local.take()
+    }
+}
+
+impl Drop for Publication<'_> {
+    fn drop(&mut self) {
+        if let Some(local) = self.local.take() {
+            self.desired.unpublish(&local);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::media::TrackSpec;
 
     fn track(id: u64) -> Arc<LocalTrack> {
         LocalTrack::new(LocalTrackId(id), TrackSpec::microphone(), true).0

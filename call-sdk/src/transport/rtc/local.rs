@@ -1,4 +1,5 @@
-//! A local track: from the application's frames to the publisher's RTP.
+//! A local track: from the application's frames to RTP.
+#![allow(clippy::disallowed_methods, reason = "the tasks of the shell, which owns the clock")]
 
 use std::{
     sync::{
@@ -27,7 +28,7 @@ use crate::{
 };
 
 /// Most simulcast layers: `q`, `h` and `f`.
-pub(super) const MOST_LAYERS: usize = 3;
+pub(in crate::transport) const MOST_LAYERS: usize = 3;
 /// Frames of one track that may wait for its writer: half a second of video in three layers.
 const FRAMES: usize = 48;
 /// Key frame requests of one track are passed on at most this often: an encoder that is asked by fifty receivers at
@@ -36,12 +37,12 @@ const KEY_FRAME_REQUESTS: Duration = Duration::from_millis(200);
 
 /// One local track, from its publication to its end: it outlives the connections that carry it.
 #[derive(Debug)]
-pub(super) struct LocalTrack {
-    pub(super) id: LocalTrackId,
-    pub(super) spec: TrackSpec,
-    pub(super) encrypted: bool,
+pub(in crate::transport) struct LocalTrack {
+    pub(in crate::transport) id: LocalTrackId,
+    pub(in crate::transport) spec: TrackSpec,
+    pub(in crate::transport) encrypted: bool,
     /// Our name for it in signalling and SDP.
-    pub(super) cid: String,
+    pub(in crate::transport) cid: String,
     muted: AtomicBool,
     dropped: AtomicU64,
     /// A frame was lost here, so receivers cannot decode the following ones.
@@ -57,7 +58,7 @@ pub(super) struct LocalTrack {
 
 impl LocalTrack {
     /// A track, and the answer to its publication.
-    pub(super) fn new(
+    pub(in crate::transport) fn new(
         id: LocalTrackId,
         spec: TrackSpec,
         encrypted: bool,
@@ -83,28 +84,28 @@ impl LocalTrack {
     }
 
     /// Answers the publication, the first time. Returns whether anybody waited for it.
-    pub(super) fn answer(&self, result: Result<(), TransportError>) -> bool {
+    pub(in crate::transport) fn answer(&self, result: Result<(), TransportError>) -> bool {
         let reply = self.reply.lock().unwrap_or_else(PoisonError::into_inner).take();
         reply.is_some_and(|reply| reply.send(result).is_ok())
     }
 
     /// Frames go to the writer at the other end of the returned queue from now on.
-    pub(super) fn attach(&self) -> mpsc::Receiver<WireFrame> {
+    pub(in crate::transport) fn attach(&self) -> mpsc::Receiver<WireFrame> {
         let (queue, frames) = mpsc::channel(FRAMES);
         *self.queue.write().unwrap_or_else(PoisonError::into_inner) = Some(queue);
         frames
     }
 
     /// Frames are dropped from now on.
-    pub(super) fn detach(&self) {
+    pub(in crate::transport) fn detach(&self) {
         *self.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    pub(super) fn set_muted(&self, muted: bool) {
+    pub(in crate::transport) fn set_muted(&self, muted: bool) {
         self.muted.store(muted, Ordering::Relaxed);
     }
 
-    pub(super) fn muted(&self) -> bool {
+    pub(in crate::transport) fn muted(&self) -> bool {
         self.muted.load(Ordering::Relaxed)
     }
 
@@ -134,7 +135,7 @@ impl Outlet for LocalTrack {
 }
 
 /// Sends the frames of `track` until the track or its connection ends.
-pub(super) async fn write(
+pub(in crate::transport) async fn write(
     track: Arc<LocalTrack>,
     mut frames: mpsc::Receiver<WireFrame>,
     outgoing: OutgoingTrack,
@@ -171,7 +172,7 @@ pub(super) async fn write(
 }
 
 /// Passes the receivers' key frame requests on, until the connection or the track ends.
-pub(super) async fn watch_reports(outgoing: OutgoingTrack, track: LocalTrackId, events: Arc<EventSink>) {
+pub(in crate::transport) async fn watch_reports(outgoing: OutgoingTrack, track: LocalTrackId, events: Arc<EventSink>) {
     let mut requests: [Throttle; MOST_LAYERS] = std::array::from_fn(|_| Throttle::new(KEY_FRAME_REQUESTS));
     while let Some(Report::KeyFrameWanted { layer }) = outgoing.next_report().await {
         let Some(throttle) = requests.get_mut(usize::from(layer)) else { continue };

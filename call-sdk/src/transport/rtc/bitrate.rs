@@ -9,16 +9,16 @@ const LEAST: u64 = 50_000;
 
 /// A local track that shares the uplink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Share {
-    pub(super) track: LocalTrackId,
-    pub(super) audio: bool,
+pub(in crate::transport) struct Share {
+    pub(in crate::transport) track: LocalTrackId,
+    pub(in crate::transport) audio: bool,
     /// The most that the track can use, in bits per second.
-    pub(super) most: u64,
+    pub(in crate::transport) most: u64,
 }
 
 /// How much each video track should send when the uplink carries `uplink` bits per second: audio comes first, and
 /// video shares the rest in proportion to what it can use.
-pub(super) fn split(uplink: u64, tracks: &[Share]) -> Vec<(LocalTrackId, u64)> {
+pub(in crate::transport) fn split(uplink: u64, tracks: &[Share]) -> Vec<(LocalTrackId, u64)> {
     let audio = tracks.iter().filter(|track| track.audio).count() as u64 * AUDIO;
     let rest = uplink.saturating_sub(audio);
     let wanted: u128 = tracks.iter().filter(|track| !track.audio).map(|track| u128::from(track.most)).sum();
@@ -34,7 +34,7 @@ pub(super) fn split(uplink: u64, tracks: &[Share]) -> Vec<(LocalTrackId, u64)> {
 }
 
 /// Whether a new target differs enough from the one that was told to be told.
-pub(super) fn is_news(told: Option<u64>, target: u64) -> bool {
+pub(in crate::transport) fn is_news(told: Option<u64>, target: u64) -> bool {
     told.is_none_or(|told| told.abs_diff(target) * 20 >= told)
 }
 
