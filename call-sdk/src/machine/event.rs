@@ -197,6 +197,18 @@ pub enum CallEvent {
         /// Failures in a row.
         failures: u32,
     },
+    /// The network is too narrow for a mesh of this size: a member has had no video from us for 5 s. Send fewer pixels,
+    /// or use a focus.
+    MeshTooLarge {
+        /// Who gets no video.
+        member: Member,
+        /// What the path to it carries, in bits per second.
+        bits_per_second: u64,
+        /// What the least of our video needs, with our audio.
+        needed: u64,
+    },
+    /// The member gets video again.
+    MeshFits(Member),
     /// Signalling works but no media path: UDP may be blocked, or the SFU may advertise a wrong address.
     MediaBlocked {
         /// Which focus.

@@ -290,6 +290,16 @@ pub enum TransportEvent {
         /// Bits per second.
         bits_per_second: u64,
     },
+    /// The uplink to a mesh peer does not carry our video, which is paused there for 5 s: the peer hears us but does not
+    /// see us. [`UplinkEnough`](Self::UplinkEnough) follows when it is over; so does the end of the connection.
+    UplinkShort {
+        /// What the uplink to the peer carries, in bits per second.
+        bits_per_second: u64,
+        /// What it would have to carry at least, audio included.
+        needed: u64,
+    },
+    /// Our video flows to the mesh peer again, or there is none any more.
+    UplinkEnough,
     /// The SFU pauses or resumes a remote track because our downlink is short.
     StreamPaused {
         /// The remote track.

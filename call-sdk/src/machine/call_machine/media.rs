@@ -399,6 +399,18 @@ impl CallMachine {
             TransportEvent::Data { identity, reliability, body } => {
                 self.data(connection, &identity, reliability, body);
             }
+            TransportEvent::UplinkShort { bits_per_second, needed } => {
+                if let Some(member) = self.mesh_member(connection).and_then(|key| self.peers.get(key)) {
+                    let member = member.member.clone();
+                    self.tell(CallEvent::MeshTooLarge { member, bits_per_second, needed });
+                }
+            }
+            TransportEvent::UplinkEnough => {
+                if let Some(member) = self.mesh_member(connection).and_then(|key| self.peers.get(key)) {
+                    let member = member.member.clone();
+                    self.tell(CallEvent::MeshFits(member));
+                }
+            }
             TransportEvent::Negotiated(_) => {}
             TransportEvent::Reconnecting => {
                 if is_ours {

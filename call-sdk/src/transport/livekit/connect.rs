@@ -76,6 +76,7 @@ impl ConnectOptions {
         Network {
             addresses: self.local_addresses(),
             relay_only: self.relay_only,
+            mesh: false,
             tls: self.tls.clone(),
             rule: self.addresses,
         }

@@ -177,6 +177,7 @@ impl Session {
                 *link.progress(side) = Progress::Up;
                 self.reached(link, ConnectStage::MediaUp).await?;
             }
+            PeerEvent::Gathered | PeerEvent::Interrupted => {}
             PeerEvent::Failed => {
                 let reason = match side {
                     Side::Publisher => ReconnectReason::RrPublisherFailed,

@@ -159,7 +159,7 @@ impl Session {
             .await
             .map_err(lost)?;
         let events = Arc::clone(&self.shared.events);
-        link.tasks.spawn(local::watch_reports(outgoing.clone(), track, events));
+        link.tasks.spawn(local::watch_reports(outgoing.clone(), track, events, |stream| stream));
         asked.outgoing = Some(outgoing);
         asked.info = Some(info);
         Ok(())
@@ -174,7 +174,8 @@ impl Session {
         }
         let local = Arc::clone(&asked.local);
         let frames = local.attach();
-        link.tasks.spawn(local::write(local, frames, outgoing, Arc::clone(&self.shared.events)));
+        let events = Arc::clone(&self.shared.events);
+        link.tasks.spawn(local::write(local, frames, outgoing, events, local::every_layer));
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use crate::transport::LocalTrackId;
 
 /// What an audio track needs, in bits per second, overhead included.
-const AUDIO: u64 = 50_000;
+pub(in crate::transport) const AUDIO: u64 = 50_000;
 /// No video track is told less than this, in bits per second.
 const LEAST: u64 = 50_000;
 

@@ -55,7 +55,7 @@ pub(in crate::transport) use self::{
 };
 use super::{
     ice::{IceServer, Network, Reachable},
-    sections::{candidates, digestible_answer, digestible_offer, honest_answer},
+    sections::{candidates, digestible_answer, digestible_mutual_offer, digestible_offer, honest_answer},
 };
 use crate::{media::Codec, transport::TransportError};
 
@@ -83,9 +83,18 @@ const MOST_NOTED_CANDIDATES: usize = 16;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes that may wait in a data channel until its writer has to wait.
 const DATA_BUFFER: usize = 1 << 20;
-/// Header extension with the numbers that the feedback about the uplink names.
+/// How long ICE waits between two rounds of checks. The engine's default of 200 ms delays every connection by as much:
+/// only the second round nominates a pair.
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// Checks of a pair until it is given up, after 2 s.
+const MOST_CHECKS: u16 = 40;
+/// How long ICE looks for a path to an SFU after it was interrupted; and to a member, whose signalling is slower and
+/// decides itself when to give up.
+const PATIENCE: Duration = Duration::from_secs(10);
+const MESH_PATIENCE: Duration = Duration::from_secs(30);
 /// How loud a packet of audio is (RFC 6464).
 const AUDIO_LEVEL: &str = "urn:ietf:params:rtp-hdrext:ssrc-audio-level";
+/// Header extension with the numbers that the feedback about the uplink names.
 const TRANSPORT_CC: &str = "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01";
 /// The names of simulcast layers, lowest first, as LiveKit expects them.
 const RIDS: [&str; 3] = ["q", "h", "f"];
@@ -98,6 +107,10 @@ pub(in crate::transport) enum PeerEvent {
     IceConnected,
     /// Media flows.
     Up,
+    /// No candidate of ours follows, until ICE is restarted.
+    Gathered,
+    /// The path is lost; ICE may find it again.
+    Interrupted,
     /// The connection is lost for good, unless ICE is restarted.
     Failed,
     /// A remote track starts.
@@ -156,13 +169,17 @@ impl Peer {
         }
         let registry = interceptors(&mut media_engine, &shared)?;
         let settings = SettingEngineBuilder::new()
-            .with_multicast_dns_mode(MulticastDnsMode::Disabled)
+            .with_multicast_dns_mode(multicast_dns(network))
             .with_ice_timeouts(
                 Some(Duration::from_secs(5)),
-                Some(Duration::from_secs(10)),
+                Some(if network.mesh { MESH_PATIENCE } else { PATIENCE }),
                 Some(Duration::from_secs(2)),
             )
+            .with_ice_connection_attempts(Some(CHECK_INTERVAL), Some(MOST_CHECKS))
             .build();
+        // Where UDP is blocked, SFUs are reached by TCP (RFC 6544). Members can't be.
+        let tcp = addresses.iter().filter(|_| !network.mesh);
+        let tcp = tcp.map(|address| SocketAddr::new(address.ip(), 0)).collect();
         let connection = PeerConnectionBuilder::new()
             .with_configuration(configuration(network, servers.update(network, ice_servers).await))
             .with_media_engine(media_engine)
@@ -171,8 +188,7 @@ impl Peer {
             .with_runtime(Arc::new(Sockets::default()))
             .with_handler(Arc::new(Handler { tag, events, shared: Arc::clone(&shared) }))
             .with_udp_addrs(addresses.clone())
-            // Where UDP is blocked, SFUs are reached by TCP (RFC 6544).
-            .with_tcp_addrs(addresses.iter().map(|address| SocketAddr::new(address.ip(), 0)).collect())
+            .with_tcp_addrs(tcp)
             .with_data_channel_send_buffer_limit(DATA_BUFFER)
             .build()
             .await
@@ -238,6 +254,33 @@ impl Peer {
         layers: usize,
         dimensions: (u32, u32),
     ) -> Result<OutgoingTrack, TransportError> {
+        self.add_sender(codec, &format!("stream-{cid}"), cid, layers, dimensions, false).await
+    }
+
+    /// Adds a section to send one track after the other in, all in the same codec: [`OutgoingTrack::assign`].
+    ///
+    /// `mutual`: for a section that the other side is about to offer, in which it may send too. The engine takes the
+    /// first that fits, in the order in which they were added.
+    pub(in crate::transport) async fn add_sending_section(
+        &self,
+        codec: Codec,
+        stream: &str,
+        dimensions: (u32, u32),
+        mutual: bool,
+    ) -> Result<OutgoingTrack, TransportError> {
+        let id = format!("{:032x}", rand::random::<u128>());
+        self.add_sender(codec, stream, &id, 1, dimensions, mutual).await
+    }
+
+    async fn add_sender(
+        &self,
+        codec: Codec,
+        stream: &str,
+        cid: &str,
+        layers: usize,
+        dimensions: (u32, u32),
+        mutual: bool,
+    ) -> Result<OutgoingTrack, TransportError> {
         let simulcast = layers > 1;
         let mut preferences = parameters(codec);
         // One form of the codec is published, with its retransmission stream.
@@ -260,9 +303,13 @@ impl Peer {
             })
             .collect();
         let ssrcs = encodings.iter().filter_map(|encoding| encoding.rtp_coding_parameters.ssrc).collect();
-        let stream = format!("stream-{cid}");
+        let direction = if mutual {
+            RTCRtpTransceiverDirection::Sendrecv
+        } else {
+            RTCRtpTransceiverDirection::Sendonly
+        };
         let track = Arc::new(TrackLocalStaticRTP::new(MediaStreamTrack::new(
-            stream.clone(),
+            stream.to_owned(),
             cid.to_owned(),
             cid.to_owned(),
             kind(codec),
@@ -275,8 +322,8 @@ impl Peer {
             .add_transceiver_from_track(
                 Arc::clone(&track) as Arc<dyn TrackLocal>,
                 Some(RTCRtpTransceiverInit {
-                    direction: RTCRtpTransceiverDirection::Sendonly,
-                    streams: vec![stream],
+                    direction,
+                    streams: vec![stream.to_owned()],
                     send_encodings: encodings,
                 }),
             )
@@ -324,10 +371,28 @@ impl Peer {
         self.describe(answer, sdp).await
     }
 
-    /// Takes the other side's offer; returns the answer to send.
+    /// Takes the offer of an SFU; returns the answer to send.
     pub(in crate::transport) async fn answer_offer(&mut self, offer: &str) -> Result<String, TransportError> {
-        let description = RTCSessionDescription::offer(digestible_offer(offer)).map_err(media)?;
-        self.describe(description, offer).await?;
+        self.take_offer(offer, digestible_offer(offer)).await?;
+        self.answer(offer).await
+    }
+
+    /// Takes the offer of a member. `known` says of a section's id whether an earlier offer had it.
+    pub(in crate::transport) async fn take_mutual_offer(
+        &mut self,
+        offer: &str,
+        known: impl Fn(&str) -> bool,
+    ) -> Result<(), TransportError> {
+        self.take_offer(offer, digestible_mutual_offer(offer, known)).await
+    }
+
+    async fn take_offer(&mut self, offer: &str, digestible: String) -> Result<(), TransportError> {
+        let description = RTCSessionDescription::offer(digestible).map_err(media)?;
+        self.describe(description, offer).await
+    }
+
+    /// Makes the answer to an offer that was taken, and applies it.
+    pub(in crate::transport) async fn answer(&self, offer: &str) -> Result<String, TransportError> {
         let answer = self.connection.create_answer(None).await.map_err(media)?;
         let sdp = honest_answer(&answer.sdp, offer);
         self.connection.set_local_description(answer).await.map_err(media)?;
@@ -415,6 +480,17 @@ fn configuration(network: &Network, servers: Vec<IceServer>) -> RTCConfiguration
         .with_ice_servers(servers.collect())
         .with_ice_transport_policy(policy)
         .build()
+}
+
+/// Members in browsers hide their addresses behind names; we don't hide ours so. Without an interface for multicast, as
+/// in a network namespace with nothing but loopback, the engine would not open.
+fn multicast_dns(network: &Network) -> MulticastDnsMode {
+    let usable = || rtc::mdns::MulticastSocket::new().into_std().is_ok();
+    if network.mesh && !network.is_local() && !network.relay_only && usable() {
+        MulticastDnsMode::QueryOnly
+    } else {
+        MulticastDnsMode::Disabled
+    }
 }
 
 /// The interceptors for RTP and RTCP. A pacer is missing on purpose: it would hold back what exceeds the

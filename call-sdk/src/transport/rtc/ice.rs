@@ -54,6 +54,8 @@ pub(in crate::transport) struct Network {
     pub(in crate::transport) addresses: Vec<SocketAddr>,
     /// Media travels through TURN servers only.
     pub(in crate::transport) relay_only: bool,
+    /// The other end is a member, not an SFU.
+    pub(in crate::transport) mesh: bool,
     /// TLS towards TURN servers; `None`: trust the system's roots.
     pub(in crate::transport) tls: Option<Arc<rustls::ClientConfig>>,
     /// Which addresses a TURN server may have that is reached over TCP or TLS.

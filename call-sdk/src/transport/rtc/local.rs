@@ -134,24 +134,45 @@ impl Outlet for LocalTrack {
     }
 }
 
-/// Sends the frames of `track` until the track or its connection ends.
+/// What becomes of a frame on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::transport) enum Selected {
+    /// It is sent in this stream of packets.
+    Send(u8),
+    /// It is left out on purpose.
+    Leave,
+    /// It is left out, and a key frame of its layer is needed.
+    Wait,
+}
+
+/// Sends the frames of `track` that `select` picks until the track or its connection ends.
 pub(in crate::transport) async fn write(
     track: Arc<LocalTrack>,
     mut frames: mpsc::Receiver<WireFrame>,
     outgoing: OutgoingTrack,
     events: Arc<EventSink>,
+    mut select: impl FnMut(std::time::Instant, &WireFrame) -> Selected + Send,
 ) {
     let mut packetisers = track.packetisers.lock().await;
     let video = !track.spec.codec.is_audio();
     let mut requests = Throttle::new(KEY_FRAME_REQUESTS);
     let mut packets = Vec::new();
-    while let Some(frame) = frames.recv().await {
-        if video && track.broken.load(Ordering::Relaxed) && requests.allow(Instant::now().into_std()) {
+    while let Some(mut frame) = frames.recv().await {
+        let now = Instant::now().into_std();
+        let stream = match select(now, &frame) {
+            Selected::Send(stream) => stream,
+            Selected::Leave => continue,
+            Selected::Wait => {
+                events.offer(TransportEvent::KeyFrameRequested { track: track.id, layer: frame.layer });
+                continue;
+            }
+        };
+        if video && track.broken.load(Ordering::Relaxed) && requests.allow(now) {
             track.broken.store(false, Ordering::Relaxed);
             events.offer(TransportEvent::KeyFrameRequested { track: track.id, layer: frame.layer });
         }
-        let layer = usize::from(frame.layer);
-        let Some((packetiser, number)) = packetisers.get_mut(layer) else {
+        frame.layer = stream;
+        let Some((packetiser, number)) = packetisers.get_mut(usize::from(stream)) else {
             track.drop_frame();
             continue;
         };
@@ -171,10 +192,22 @@ pub(in crate::transport) async fn write(
     }
 }
 
-/// Passes the receivers' key frame requests on, until the connection or the track ends.
-pub(in crate::transport) async fn watch_reports(outgoing: OutgoingTrack, track: LocalTrackId, events: Arc<EventSink>) {
+/// Every frame in the stream of its layer.
+pub(in crate::transport) fn every_layer(_: std::time::Instant, frame: &WireFrame) -> Selected {
+    Selected::Send(frame.layer)
+}
+
+/// Passes the receivers' key frame requests on, until the connection or the track ends. `layer` says which layer a
+/// stream of packets carries.
+pub(in crate::transport) async fn watch_reports(
+    outgoing: OutgoingTrack,
+    track: LocalTrackId,
+    events: Arc<EventSink>,
+    layer: impl Fn(u8) -> u8 + Send,
+) {
     let mut requests: [Throttle; MOST_LAYERS] = std::array::from_fn(|_| Throttle::new(KEY_FRAME_REQUESTS));
-    while let Some(Report::KeyFrameWanted { layer }) = outgoing.next_report().await {
+    while let Some(Report::KeyFrameWanted { layer: stream }) = outgoing.next_report().await {
+        let layer = layer(stream);
         let Some(throttle) = requests.get_mut(usize::from(layer)) else { continue };
         if throttle.allow(Instant::now().into_std()) {
             events.offer(TransportEvent::KeyFrameRequested { track, layer });

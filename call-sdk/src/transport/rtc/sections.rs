@@ -1,4 +1,4 @@
-//! The media sections of a session description: which track each carries, and two repairs that the engine needs.
+//! The media sections of a session description: which track each carries, and the repairs that the engine needs.
 
 use std::collections::HashMap;
 
@@ -42,8 +42,7 @@ pub(in crate::transport) fn digestible_offer(sdp: &str) -> String {
             return None;
         }
         let direction = section.direction().unwrap_or(Direction::SendRecv);
-        let named = section.value("ssrc").is_some() || section.value("rid").is_some();
-        if direction == Direction::RecvOnly || direction.sends() && !named {
+        if direction == Direction::RecvOnly || direction.sends() && !section.is_named() {
             Some(Direction::Inactive)
         } else if section.direction().is_none() {
             Some(direction)
@@ -57,10 +56,10 @@ pub(in crate::transport) fn digestible_offer(sdp: &str) -> String {
 /// not received.
 pub(in crate::transport) fn digestible_answer(sdp: &str) -> String {
     rewrite(sdp, |section| {
-        let named = section.value("ssrc").is_some() || section.value("rid").is_some();
+        let unnamed = section.is_media() && !section.is_named();
         match section.direction() {
-            Some(Direction::SendRecv) if section.is_media() && !named => Some(Direction::RecvOnly),
-            Some(Direction::SendOnly) if section.is_media() && !named => Some(Direction::Inactive),
+            Some(Direction::SendRecv) if unnamed => Some(Direction::RecvOnly),
+            Some(Direction::SendOnly) if unnamed => Some(Direction::Inactive),
             _ => None,
         }
     })
@@ -71,21 +70,111 @@ pub(in crate::transport) fn candidates(sdp: &str) -> impl Iterator<Item = &str> 
     sdp.lines().filter_map(|line| line.trim_end().strip_prefix("a=candidate:"))
 }
 
-/// Our answer as the SFU must see it: `inactive` wherever the offer does not send.
+/// Our answer as the other side must see it: in no section does anybody send who the offer doesn't let, and we don't
+/// say that we send where we have no stream.
 ///
-/// The engine answers `recvonly` when a section goes quiet for the second time, which would tell the SFU that
-/// the section is still in use.
+/// The engine answers `recvonly` when a section goes quiet for the second time, which would tell an SFU that the
+/// section is still in use, and `sendonly` where it has nothing to send.
 pub(in crate::transport) fn honest_answer(answer: &str, offer: &str) -> String {
-    let quiet: Vec<&str> = sections(offer)
-        .filter(|section| section.is_media() && !section.direction().is_some_and(Direction::sends))
-        .filter_map(|section| section.value("mid"))
+    let offered: HashMap<&str, Direction> = sections(offer)
+        .filter(|section| section.is_media())
+        .filter_map(|section| Some((section.value("mid")?, section.direction().unwrap_or(Direction::SendRecv))))
         .collect();
     rewrite(answer, |section| {
-        let receives =
-            section.direction().is_some_and(|d| matches!(d, Direction::RecvOnly | Direction::SendRecv));
-        (section.is_media() && receives && section.value("mid").is_some_and(|mid| quiet.contains(&mid)))
-            .then_some(Direction::Inactive)
+        let (direction, offered) = (section.direction()?, offered.get(section.value("mid")?)?);
+        let honest = Direction::of(
+            direction.sends() && offered.receives() && section.is_named(),
+            direction.receives() && offered.sends(),
+        );
+        (section.is_media() && honest != direction).then_some(honest)
     })
+}
+
+/// The offer of a member as the engine can digest it, which may also let us send.
+///
+/// As in [`digestible_offer`], a section in which the other side sends without naming its stream is not received, and a
+/// missing direction is written out. A section that is known and quiet is described as `recvonly`: the engine stops an
+/// inactive one for good. A new one has to be inactive instead, to get a receiver for a later track.
+pub(in crate::transport) fn digestible_mutual_offer(sdp: &str, known: impl Fn(&str) -> bool) -> String {
+    rewrite(sdp, |section| {
+        if !section.is_media() {
+            return None;
+        }
+        let direction = section.direction().unwrap_or(Direction::SendRecv);
+        let sends = direction.sends() && section.is_named();
+        let quiet = if section.value("mid").is_some_and(&known) || direction.receives() {
+            Direction::RecvOnly
+        } else {
+            Direction::Inactive
+        };
+        let digestible = if sends { direction } else { quiet };
+        (section.direction() != Some(digestible)).then_some(digestible)
+    })
+}
+
+/// What a description says about one media section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::transport) struct SectionView {
+    pub(in crate::transport) mid: String,
+    pub(in crate::transport) audio: bool,
+    /// Whether the describing side sends a named stream in it.
+    pub(in crate::transport) sends: bool,
+    /// Whether the describing side receives in it.
+    pub(in crate::transport) receives: bool,
+    /// The stream and track halves of the msid.
+    pub(in crate::transport) msid: Option<(String, String)>,
+}
+
+/// The media sections of a description that have an id.
+pub(in crate::transport) fn views(sdp: &str) -> Vec<SectionView> {
+    let view = |section: Section<'_>| {
+        let direction = section.direction().unwrap_or(Direction::SendRecv);
+        Some(SectionView {
+            mid: section.value("mid")?.to_owned(),
+            audio: section.0.starts_with("m=audio"),
+            sends: direction.sends() && section.is_named(),
+            receives: direction.receives(),
+            msid: section.msid().map(|(stream, track)| (stream.to_owned(), track.to_owned())),
+        })
+    };
+    sections(sdp).filter(|section| section.is_media()).filter_map(view).collect()
+}
+
+/// The id of the first section, whose candidates are those of all others.
+pub(in crate::transport) fn first_mid(sdp: &str) -> Option<&str> {
+    sections(sdp).next()?.value("mid")
+}
+
+/// The user name fragment of the sender's ICE credentials.
+pub(in crate::transport) fn ice_ufrag(sdp: &str) -> Option<&str> {
+    sdp.lines().find_map(|line| line.trim_end().strip_prefix("a=ice-ufrag:"))
+}
+
+/// The description with these candidates (lines without `a=`) in its first section and no others.
+pub(in crate::transport) fn with_candidates(sdp: &str, candidates: &[String], complete: bool) -> String {
+    let is_candidate = |line: &str| line.starts_with("a=candidate:") || line.starts_with("a=end-of-candidates");
+    let mut out = String::with_capacity(sdp.len() + 128 * candidates.len());
+    let mut media = 0;
+    let add = |out: &mut String| {
+        for candidate in candidates {
+            out.push_str(&format!("a={candidate}\r\n"));
+        }
+        if complete {
+            out.push_str("a=end-of-candidates\r\n");
+        }
+    };
+    for line in sdp.lines().map(str::trim_end).filter(|line| !is_candidate(line)) {
+        media += u32::from(line.starts_with("m="));
+        if media == 2 && line.starts_with("m=") {
+            add(&mut out);
+        }
+        out.push_str(line);
+        out.push_str("\r\n");
+    }
+    if media == 1 {
+        add(&mut out);
+    }
+    out
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +190,19 @@ impl Direction {
 
     fn sends(self) -> bool {
         matches!(self, Self::SendRecv | Self::SendOnly)
+    }
+
+    fn receives(self) -> bool {
+        matches!(self, Self::SendRecv | Self::RecvOnly)
+    }
+
+    fn of(sends: bool, receives: bool) -> Self {
+        match (sends, receives) {
+            (true, true) => Self::SendRecv,
+            (true, false) => Self::SendOnly,
+            (false, true) => Self::RecvOnly,
+            (false, false) => Self::Inactive,
+        }
     }
 
     fn attribute(self) -> &'static str {
@@ -132,6 +234,11 @@ impl<'a> Section<'a> {
 
     fn direction(self) -> Option<Direction> {
         self.lines().find_map(Direction::of_line)
+    }
+
+    /// Whether it names the stream that is sent in it.
+    fn is_named(self) -> bool {
+        self.value("ssrc").is_some() || self.value("rid").is_some()
     }
 
     fn value(self, attribute: &str) -> Option<&'a str> {
@@ -259,6 +366,44 @@ mod tests {
         assert!(honest.contains("a=mid:1\r\na=recvonly\r\n") && honest.contains("a=mid:0\r\na=sendrecv\r\n"));
     }
 
+    #[test]
+    fn answer_sends_only_where_it_may_and_has_a_stream() {
+        let section = |mid, direction, rest| format!("m=video 9 X 96\r\na=mid:{mid}\r\n{rest}a={direction}\r\n");
+        let ssrc = "a=ssrc:5 cname:x\r\n";
+        let answer = ["v=0\r\n".into(), section(0, "sendonly", ssrc), section(1, "sendonly", ""), section(2, "sendrecv", ssrc)].concat();
+        let offer = ["v=0\r\n".into(), section(0, "recvonly", ""), section(1, "recvonly", ""), section(2, "sendonly", ssrc)].concat();
+        let directions: Vec<_> = sections(&honest_answer(&answer, &offer)).map(|s| s.direction().unwrap()).collect();
+        assert_eq!(directions, [Direction::SendOnly, Direction::Inactive, Direction::RecvOnly]);
+    }
+
+    #[test]
+    fn quiet_sections_of_members_are_not_stopped() {
+        let digested = digestible_mutual_offer(OFFER, |mid| mid == "3");
+        assert!(digested.contains("a=mid:2\r\na=recvonly\r\n"), "we may send in it");
+        assert!(digested.ends_with("TR_late TR_late\r\na=recvonly\r\n"), "{digested}");
+        let quiet = OFFER.replace("a=sendonly", "a=inactive");
+        assert!(digestible_mutual_offer(&quiet, |mid| mid == "3").contains("cam-7\r\na=recvonly\r\n"));
+        assert!(digestible_mutual_offer(&quiet, |_| false).contains("cam-7\r\na=inactive\r\n"));
+    }
+
+    #[test]
+    fn sections_are_viewed() {
+        let views = views(OFFER);
+        assert_eq!(views.iter().map(|v| (v.audio, v.sends, v.receives)).collect::<Vec<_>>(), [
+            (true, true, true), (false, false, true), (false, true, false), (true, false, true),
+        ]);
+        assert_eq!(views[2].msid, Some(("PA_a|camera".into(), "cam-7".into())));
+        assert_eq!(first_mid(OFFER), Some("0"));
+    }
+
+    #[test]
+    fn candidates_are_replaced_in_the_first_section() {
+        let sdp = "v=0\r\nm=audio 9 X 1\r\na=candidate:1\r\na=mid:0\r\nm=audio 9 X 1\r\na=candidate:2\r\n";
+        let expected = "v=0\r\nm=audio 9 X 1\r\na=mid:0\r\na=candidate:7\r\na=end-of-candidates\r\nm=audio 9 X 1\r\n";
+        assert_eq!(with_candidates(sdp, &["candidate:7".into()], true), expected);
+        assert_eq!(with_candidates("v=0\r\nm=audio 9 X 1\r\n", &[], true), "v=0\r\nm=audio 9 X 1\r\na=end-of-candidates\r\n");
+    }
+
     proptest! {
         #[test]
         fn any_text_is_survived(lines in prop::collection::vec(
@@ -268,6 +413,8 @@ mod tests {
             ], 0..40)) {
             let sdp = lines.join("\r\n");
             incoming_tracks(&sdp, &HashMap::new());
+            views(&sdp);
+            with_candidates(&digestible_mutual_offer(&sdp, |_| false), &[], true);
             let repaired = digestible_offer(&sdp);
             prop_assert_eq!(digestible_offer(&repaired), repaired.clone());
             let honest = honest_answer(&repaired, &sdp);

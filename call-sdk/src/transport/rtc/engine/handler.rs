@@ -8,7 +8,8 @@ use webrtc::{
     data_channel::DataChannel,
     media_stream::track_remote::TrackRemote,
     peer_connection::{
-        PeerConnectionEventHandler, RTCIceConnectionState, RTCPeerConnectionIceEvent, RTCPeerConnectionState,
+        PeerConnectionEventHandler, RTCIceConnectionState, RTCIceGatheringState, RTCPeerConnectionIceEvent,
+        RTCPeerConnectionState,
     },
 };
 
@@ -50,10 +51,17 @@ impl<T: Copy + Send + Sync + 'static> PeerConnectionEventHandler for Handler<T> 
         }
     }
 
+    async fn on_ice_gathering_state_change(&self, state: RTCIceGatheringState) {
+        if state == RTCIceGatheringState::Complete {
+            self.report(PeerEvent::Gathered);
+        }
+    }
+
     async fn on_connection_state_change(&self, state: RTCPeerConnectionState) {
         tracing::debug!(%state, "peer connection");
         match state {
             RTCPeerConnectionState::Connected => self.report(PeerEvent::Up),
+            RTCPeerConnectionState::Disconnected => self.report(PeerEvent::Interrupted),
             RTCPeerConnectionState::Failed => self.report(PeerEvent::Failed),
             _ => {}
         }

@@ -12,6 +12,7 @@ use crate::{media::Codec, transport::rtc::IncomingPacket};
 
 /// A remote track. The engine drops packets silently as soon as its own short queue is full, so its reader must not wait
 /// for anything else.
+#[derive(Clone)]
 pub(in crate::transport) struct IncomingTrack(Arc<dyn TrackRemote>);
 
 /// What arrived on a track.

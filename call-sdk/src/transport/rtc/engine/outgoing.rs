@@ -1,6 +1,6 @@
 //! A local track on a connection.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use rtc::{
@@ -10,8 +10,11 @@ use rtc::{
     rtp,
 };
 use webrtc::{
-    media_stream::track_local::{TrackLocal as _, TrackLocalEvent, static_rtp::TrackLocalStaticRTP},
-    rtp_transceiver::{RtpSender, RtpTransceiver},
+    media_stream::{
+        MediaStreamTrack,
+        track_local::{TrackLocal as _, TrackLocalEvent, static_rtp::TrackLocalStaticRTP},
+    },
+    rtp_transceiver::{RTCRtpTransceiverDirection, RtpSender, RtpTransceiver},
 };
 
 use super::{
@@ -42,6 +45,32 @@ pub(in crate::transport) struct OutgoingTrack {
     codec: Codec,
     dimensions: (u32, u32),
     negotiated: Arc<OnceLock<Negotiated>>,
+    numbers: Arc<Mutex<Numbers>>,
+    /// The stream half of the msid.
+    stream: Arc<tokio::sync::Mutex<String>>,
+}
+
+/// Keeps the sequence numbers of a section going when its track changes: a receiver takes a jump for a rollover and
+/// fails to decrypt (RFC 3711 §3.3.1).
+#[derive(Debug, Default)]
+struct Numbers {
+    next: Option<u16>,
+    offset: u16,
+    /// The next packet is the first of another track.
+    changed: bool,
+}
+
+impl Numbers {
+    fn number(&mut self, sequence: u16) -> u16 {
+        if std::mem::take(&mut self.changed)
+            && let Some(next) = self.next
+        {
+            self.offset = next.wrapping_sub(sequence);
+        }
+        let number = sequence.wrapping_add(self.offset);
+        self.next = Some(number.wrapping_add(1));
+        number
+    }
 }
 
 /// What the negotiation gave a track.
@@ -77,7 +106,50 @@ impl OutgoingTrack {
             .await
             .map_err(media)?
             .ok_or_else(|| TransportError::TrackRefused("the engine made no sender".to_owned()))?;
-        Ok(Self { track, transceiver, sender, ssrcs, codec, dimensions, negotiated: Arc::default() })
+        let stream = Arc::new(tokio::sync::Mutex::new(track.track().await.stream_id().clone()));
+        let (negotiated, numbers) = Default::default();
+        Ok(Self { track, transceiver, sender, ssrcs, codec, dimensions, negotiated, numbers, stream })
+    }
+
+    /// The codec, which never changes.
+    pub(in crate::transport) fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    /// The id of its section, once there is one.
+    pub(in crate::transport) async fn mid(&self) -> Result<Option<String>, TransportError> {
+        self.transceiver.mid().await.map_err(media)
+    }
+
+    /// Gives the section to the track of another media stream, or to none; the other side learns it from the next
+    /// description. The track half of the msid stays. `receives`: whether the other side may send in it too.
+    pub(in crate::transport) async fn assign(
+        &self,
+        stream: Option<&str>,
+        receives: bool,
+    ) -> Result<(), TransportError> {
+        let direction = match (stream.is_some(), receives) {
+            (true, true) => RTCRtpTransceiverDirection::Sendrecv,
+            (true, false) => RTCRtpTransceiverDirection::Sendonly,
+            (false, true) => RTCRtpTransceiverDirection::Recvonly,
+            (false, false) => RTCRtpTransceiverDirection::Inactive,
+        };
+        // First: the engine denies having a sender while the direction does not send.
+        self.transceiver.set_direction(direction).await.map_err(media)?;
+        let (track, mut stream_now) = (self.track.track().await, self.stream.lock().await);
+        let Some(stream) = stream.filter(|stream| *stream_now != *stream) else { return Ok(()) };
+        let named = MediaStreamTrack::new(
+            stream.to_owned(),
+            track.track_id().clone(),
+            track.label().clone(),
+            track.kind(),
+            track.codings().to_vec(),
+        );
+        // The engine takes the name over; packets go on through the track that it was bound to.
+        self.sender.replace_track(Arc::new(TrackLocalStaticRTP::new(named))).await.map_err(media)?;
+        stream.clone_into(&mut stream_now);
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).changed = true;
+        Ok(())
     }
 
     pub(super) fn sender(&self) -> &Arc<dyn RtpSender> {
@@ -136,11 +208,16 @@ impl OutgoingTrack {
         };
         let last = packets.len().saturating_sub(1);
         for (index, packet) in packets.drain(..).enumerate() {
+            let sequence_number = if self.ssrcs.len() > 1 {
+                packet.sequence
+            } else {
+                self.numbers.lock().unwrap_or_else(PoisonError::into_inner).number(packet.sequence)
+            };
             let mut header = rtp::Header {
                 version: 2,
                 marker: packet.marker,
                 payload_type: negotiated.payload_type,
-                sequence_number: packet.sequence,
+                sequence_number,
                 timestamp: frame.rtp_timestamp,
                 ssrc: *ssrc,
                 ..Default::default()
@@ -186,5 +263,18 @@ impl OutgoingTrack {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequence_numbers_go_on_when_the_track_changes() {
+        let mut numbers = Numbers::default();
+        assert_eq!([65_534, 65_535].map(|sequence| numbers.number(sequence)), [65_534, 65_535]);
+        numbers.changed = true;
+        assert_eq!([40_000, 40_001].map(|sequence| numbers.number(sequence)), [0, 1]);
     }
 }
