@@ -48,6 +48,8 @@ pub(in crate::homeserver) struct SyncRequest {
     since: Option<SyncToken>,
     full_state: bool,
     timeline: usize,
+    /// Event types that the timeline leaves out. Other parts of a filter have no effect.
+    not_types: Vec<String>,
     /// MSC4222: state up to the end of the timeline, under its unstable name.
     state_after: bool,
 }
@@ -85,10 +87,18 @@ impl State {
             }
             Some(id) => Some(self.filter(&who.user, id)?),
         };
-        let limit = filter
-            .and_then(|filter| filter.get("room")?.get("timeline")?.get("limit")?.as_u64())
+        let of_timeline = |name: &str| filter?.get("room")?.get("timeline")?.get(name);
+        let limit = of_timeline("limit")
+            .and_then(Value::as_u64)
             .map_or(DEFAULT_TIMELINE, |limit| usize::try_from(limit).unwrap_or(LONGEST_TIMELINE));
-        Ok(SyncRequest { since, full_state, timeline: limit.clamp(1, LONGEST_TIMELINE), state_after })
+        let not_types = of_timeline("not_types").and_then(Value::as_array).into_iter().flatten();
+        Ok(SyncRequest {
+            since,
+            full_state,
+            timeline: limit.clamp(1, LONGEST_TIMELINE),
+            not_types: not_types.filter_map(Value::as_str).map(str::to_owned).collect(),
+            state_after,
+        })
     }
 
     /// Also forgets the to-device messages that `since` acknowledges.
@@ -257,7 +267,7 @@ fn joined_section(
     // Whoever joined since the last token gets the room from scratch, as in a first sync.
     let since = request.since.map(|since| since.pos).filter(|since| member.since <= *since);
     let show = |event: &Arc<Event>| event.to_json(now, Some(who), None);
-    let (timeline, start, is_limited) = timeline(room, since.unwrap_or_default(), end, request.timeline);
+    let (timeline, start, is_limited) = timeline(room, since.unwrap_or_default(), end, request);
     let whole_state = since.is_none() || request.full_state;
     let state: StateMap = match (request.state_after, whole_state) {
         (true, true) => room.state.clone(),
@@ -327,7 +337,7 @@ fn left_section(now: Timestamp, who: &Caller, room: &Room, member: &Member, requ
         _ => Pos(member.since.0.saturating_sub(1)),
     };
     let show = |event: &Arc<Event>| event.to_json(now, Some(who), None);
-    let (timeline, start, is_limited) = timeline(room, since, member.since, request.timeline);
+    let (timeline, start, is_limited) = timeline(room, since, member.since, request);
     let state =
         if is_limited { changed_after(room.state_before(start), Some(since)) } else { StateMap::new() };
     let name = if request.state_after { "org.matrix.msc4222.state_after" } else { "state" };
@@ -342,16 +352,21 @@ fn left_section(now: Timestamp, who: &Caller, room: &Room, member: &Member, requ
     })
 }
 
-/// The latest `limit` events of the interval, the position before which they start, and whether there are more.
-fn timeline(room: &Room, since: Pos, end: Pos, limit: usize) -> (Vec<&Arc<Event>>, Pos, bool) {
-    let events = room.between(since, end);
-    let skipped = events.len().saturating_sub(limit);
-    let events: Vec<_> = events.skip(skipped).collect();
-    let first = events.first().map(|event| event.pos);
+/// The latest events of the interval, the position before which they start, and whether there are more.
+fn timeline<'a>(
+    room: &'a Room,
+    since: Pos,
+    end: Pos,
+    request: &SyncRequest,
+) -> (Vec<&'a Arc<Event>>, Pos, bool) {
+    let mut wanted = room.between(since, end).rev().filter(|event| !request.not_types.contains(&event.kind));
+    let mut events: Vec<_> = wanted.by_ref().take(request.timeline).collect();
+    events.reverse();
+    let start = events.first().map_or(Pos(end.0 + 1), |event| event.pos);
     // The interval reaches back into what the room has forgotten.
     let oldest = room.between(Pos(0), end).next().map(|event| event.pos);
-    let forgotten = room.is_trimmed() && oldest == first && first.is_some_and(|first| first > since);
-    (events, first.unwrap_or(Pos(end.0 + 1)), skipped > 0 || forgotten)
+    let forgotten = room.is_trimmed() && oldest.is_some_and(|oldest| oldest > since);
+    (events, start, wanted.next().is_some() || forgotten)
 }
 
 fn changed_after(state: StateMap, since: Option<Pos>) -> StateMap {

@@ -311,6 +311,24 @@ fn a_gap_in_the_timeline_is_said_and_its_state_is_given() {
 }
 
 #[test]
+fn filtered_types_are_left_out_of_the_timeline() {
+    let mut hs = Hs::new();
+    let (alice, bob) = (hs.user("alice"), hs.user("bob"));
+    let room = hs.call_room(&alice, &[&bob]);
+    let since = hs.sync(&bob, None);
+    hs.put(&alice, message(&room, "m.x", "1", json!({}))).unwrap();
+    hs.put(&alice, message(&room, "m.y", "2", json!({}))).unwrap();
+    let filter = Some(r#"{"room":{"timeline":{"limit":1,"not_types":["m.y"]}}}"#);
+    let timeline =
+        hs.sync_with(&bob, Some(token(&since)), filter, false)["rooms"]["join"][&room]["timeline"].clone();
+    assert_eq!((&timeline["events"][0]["type"], &timeline["limited"]), (&json!("m.x"), &json!(false)));
+
+    let since = hs.sync(&bob, None);
+    hs.put(&alice, message(&room, "m.y", "3", json!({}))).unwrap();
+    assert_eq!(hs.sync_with(&bob, Some(token(&since)), filter, false)["rooms"]["join"], Value::Null);
+}
+
+#[test]
 fn a_forgotten_timeline_leaves_its_state_behind() {
     let mut hs = Hs::with(|config| config.limits.timeline = 5);
     let (alice, bob) = (hs.user("alice"), hs.user("bob"));
