@@ -41,7 +41,7 @@ use matrix_sdk::{
         },
     },
 };
-use matrix_sdk_base::BaseClient;
+use matrix_sdk_base::{BaseClient, StoreError};
 use tokio::{sync::watch, task::JoinSet};
 use url::Url;
 use zeroize::Zeroizing;
@@ -224,7 +224,7 @@ impl Session {
         }
         client.encryption().wait_for_e2ee_initialization_tasks().await;
         // matrix-sdk publishes the keys of a new device with its first sync, and only then can they be signed.
-        client.sync_once(sync_settings(Duration::ZERO)).await.map_err(asked("sync"))?;
+        sync_once(&client, Duration::ZERO, || ()).await.map_err(asked("sync"))?;
         cross_sign(&client, &options).await?;
         let (tell, syncing) = watch::channel(true);
         let mut tasks = JoinSet::new();
@@ -612,9 +612,27 @@ fn asked(doing: &'static str) -> impl Fn(matrix_sdk::Error) -> SessionError {
     move |error| SessionError::Homeserver { doing, source: sdk_error(&error) }
 }
 
-fn sync_settings(poll: Duration) -> SyncSettings {
+/// Syncs once, and waits up to `poll` for news.
+///
+/// matrix-sdk's store fails at the redaction of a state event that ruma cannot read, such as a membership whose state key
+/// names no user, and so does every later sync, which brings it again (matrix-rust-sdk issue 6336). Any member of a room can
+/// do that, so the sync is repeated without redactions, after a call of `on_skip`.
+async fn sync_once(client: &Client, poll: Duration, on_skip: impl FnOnce()) -> matrix_sdk::Result<()> {
+    let Err(error) = client.sync_once(sync_settings(poll, &[])).await else { return Ok(()) };
+    let is_unreadable = matches!(&error, matrix_sdk::Error::StateStore(error)
+        if matches!(**error, StoreError::Json(_) | StoreError::Redaction(_)));
+    if !is_unreadable {
+        return Err(error);
+    }
+    tracing::warn!("the redactions of a sync cannot be stored; they are left out");
+    on_skip();
+    client.sync_once(sync_settings(Duration::ZERO, &["m.room.redaction"])).await.map(drop)
+}
+
+fn sync_settings(poll: Duration, not_types: &[&str]) -> SyncSettings {
     let mut filter = FilterDefinition::with_lazy_loading();
     filter.room.timeline.limit = Some(TIMELINE.into());
+    filter.room.timeline.not_types = not_types.iter().map(|event_type| (*event_type).to_owned()).collect();
     SyncSettings::new().timeout(poll).filter(Filter::FilterDefinition(filter))
 }
 
@@ -622,8 +640,12 @@ fn sync_settings(poll: Duration) -> SyncSettings {
 async fn sync(client: Client, tell: watch::Sender<bool>) {
     let mut pause = FIRST_PAUSE;
     loop {
-        let is_working = match client.sync_once(sync_settings(POLL)).await {
-            Ok(_) => {
+        // Listeners look for what they missed when it works again.
+        let on_skip = || {
+            tell.send_replace(false);
+        };
+        let is_working = match sync_once(&client, POLL, on_skip).await {
+            Ok(()) => {
                 pause = FIRST_PAUSE;
                 true
             }
