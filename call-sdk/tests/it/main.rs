@@ -5,6 +5,7 @@
 mod bad_network;
 mod focus_process;
 mod js_sdk;
+mod kick;
 mod livekit_transport;
 mod matrix;
 mod mesh;

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::time::UnixMillis;
 
-/// State events that announce a call member. ruma takes `m.call.member` for the same type, so this name finds both.
-pub(super) const STATE_MEMBER: &str = "org.matrix.msc3401.call.member";
+/// State events that announce a call member. ruma takes both names for one type, so either finds both in a store.
+pub(super) const STATE_MEMBER: [&str; 2] = ["org.matrix.msc3401.call.member", "m.call.member"];
 /// Sticky events that announce a call member.
 pub(super) const STICKY_MEMBER: [&str; 2] = ["org.matrix.msc4143.rtc.member", "m.rtc.member"];
 /// Slots, as state.
@@ -39,6 +39,10 @@ const LONGEST_STICKY: Duration = Duration::from_secs(3600);
 
 pub(super) fn is_timeline_type(event_type: &str) -> bool {
     TIMELINE.contains(&event_type)
+}
+
+pub(super) fn is_state_member(event: &WireEvent) -> bool {
+    event.state_key.is_some() && STATE_MEMBER.contains(&event.event_type.as_str())
 }
 
 pub(super) fn is_sticky_member(event_type: &str) -> bool {

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use url::Url;
 
-use super::{Inner, OWN_LIMIT, events, http, http::Ask};
+use super::{Inner, events, http, http::Ask};
 use crate::{
     matrix::{
         ApiVersion, DelayId, DelayedAction, DelayedEvent, EventTarget, EventWrite, Jwt, MatrixReply,
@@ -85,15 +85,6 @@ impl Inner {
                 self.ask(Ask::post(&rtc(version, "delegate_delayed_leave"), &body), limit).await?;
                 Ok(MatrixReply::Done)
             }
-        }
-    }
-
-    /// The homeserver's support, from the cache if it was read before.
-    pub(super) async fn support(&self) -> Result<ServerSupport, RequestError> {
-        let known = self.known_support();
-        match known {
-            Some(support) => Ok(support),
-            None => self.read_support(OWN_LIMIT).await,
         }
     }
 

@@ -1,4 +1,4 @@
-//! Sticky memberships of one room (MSC4354), which matrix-sdk does not keep.
+//! Memberships of one room that matrix-sdk does not keep: sticky ones (MSC4354), and redactions of state that it missed.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
@@ -37,6 +37,8 @@ struct Entry {
 pub(super) struct StickyStore {
     members: BTreeMap<OwnedUserId, BTreeMap<OwnedEventId, Entry>>,
     undecrypted: VecDeque<Undecrypted>,
+    /// Redacted state memberships as of the last snapshot, and who redacted them.
+    redacted_state: BTreeMap<OwnedEventId, OwnedUserId>,
 }
 
 impl StickyStore {
@@ -82,6 +84,18 @@ impl StickyStore {
         entry.event.content = Value::Object(serde_json::Map::new());
         entry.event.redacted_by = Some(by.to_owned());
         true
+    }
+
+    /// Replaces the redacted state memberships. Returns whether any is new.
+    pub(super) fn set_redacted_state(&mut self, redacted: BTreeMap<OwnedEventId, OwnedUserId>) -> bool {
+        let changed = redacted.keys().any(|event_id| !self.redacted_state.contains_key(event_id));
+        self.redacted_state = redacted;
+        changed
+    }
+
+    /// Sender of the redaction of a state membership, if a snapshot showed it.
+    pub(super) fn state_redacted_by(&self, event_id: &EventId) -> Option<OwnedUserId> {
+        self.redacted_state.get(event_id).cloned()
     }
 
     /// Every membership that still sticks, and the newest ones of ours that never did: they tell that the homeserver
@@ -197,6 +211,23 @@ mod tests {
             (&json!({}), Some(user_id!("@mod:x")))
         );
         assert!(!store.insert(id(1), member(alice(), 100), None), "an older copy does not bring it back");
+    }
+
+    #[test]
+    fn redacted_state_is_that_of_the_last_snapshot() {
+        let mut store = StickyStore::default();
+        let moderator = user_id!("@mod:x");
+        let redacted = |ids: &[usize]| ids.iter().map(|n| (id(*n), moderator.to_owned())).collect();
+        assert!(store.set_redacted_state(redacted(&[1, 2])));
+        assert!(
+            !store.set_redacted_state(redacted(&[2])),
+            "a member that joined again is known from the state"
+        );
+        assert_eq!(
+            (store.state_redacted_by(&id(1)), store.state_redacted_by(&id(2)).as_deref()),
+            (None, Some(moderator))
+        );
+        assert!(store.set_redacted_state(redacted(&[2, 3])));
     }
 
     #[test]

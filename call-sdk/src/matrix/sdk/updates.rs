@@ -198,7 +198,13 @@ impl Listener {
                     let inner = self.inner.clone();
                     self.jobs.spawn(async move { Done::News(inner.decrypt_waiting(sessions.as_ref()).await) });
                 }
-                syncing = next_change(&mut self.syncing) => self.tell(MatrixUpdate::Syncing(syncing)),
+                syncing = next_change(&mut self.syncing) => {
+                    // A session that cannot store the redactions of a sync leaves them out.
+                    if syncing {
+                        self.snapshot_again(Duration::ZERO);
+                    }
+                    self.tell(MatrixUpdate::Syncing(syncing));
+                }
                 Some(done) = self.jobs.join_next() => match done {
                     Ok(done) => self.done(done).await,
                     // It panicked, and may have been the snapshot.

@@ -1,4 +1,4 @@
-//! The room as of the last sync, and the sticky events that matrix-sdk drops.
+//! The room as of the last sync, the sticky events that matrix-sdk drops, and the redactions that it missed.
 //!
 //! matrix-sdk 0.19 hands out sticky events only as ordinary events of the timeline. It drops the section of `/sync` with
 //! those that fell out of it, and the stickiness of encrypted ones. So this room keeps its own store, fed by
@@ -6,13 +6,16 @@
 //! * the timeline, where an encrypted event is fetched once more, as its stickiness lies outside the encryption;
 //! * a *snapshot*: a `/sync` of this room alone without `since`. It acknowledges nothing, so the client loses no to-device
 //!   message to it. It is taken when a listener starts and after each gap.
+//!
+//! matrix-sdk empties redacted state when the redaction comes in a timeline. It misses a redaction that falls into a gap,
+//! so the snapshot includes the state memberships.
 
 use std::{collections::HashSet, sync::atomic::Ordering};
 
 use matrix_sdk::{
     deserialized_responses::{EncryptionInfo, TimelineEventKind, VerificationLevel, VerificationState},
     ruma::{
-        EventId, OwnedDeviceId, OwnedUserId, RoomId,
+        EventId, OwnedDeviceId, OwnedEventId, OwnedUserId, RoomId,
         events::{StateEventType, room::encrypted::OriginalSyncRoomEncryptedEvent},
         serde::Raw,
     },
@@ -35,7 +38,7 @@ use crate::{
     time::UnixMillis,
 };
 
-/// A snapshot holds every sticky event; each is at most 64 KiB, and most are under one.
+/// A snapshot holds every sticky event and state membership; each is at most 64 KiB, and most are under one.
 const LARGEST_SNAPSHOT: usize = 16 * 1024 * 1024;
 
 /// Effect of incoming events on the call.
@@ -65,14 +68,21 @@ impl Inner {
     pub(super) async fn room_view(&self) -> Result<RoomView, MatrixError> {
         let mut is_loaded = self.is_loaded.lock().await;
         if !*is_loaded || self.listeners.load(Ordering::Relaxed) == 0 {
-            self.snapshot().await.map_err(failed("list the sticky events of the room"))?;
+            self.snapshot()
+                .await
+                .map_err(failed("list the sticky events and redacted members of the room"))?;
             *is_loaded = true;
         }
         drop(is_loaded);
         let state = self.room.latest_encryption_state().await;
         let state = state.map_err(failed("tell whether the room is encrypted"))?;
-        let members = self.state(events::STATE_MEMBER, "list the call members").await?;
-        let mut members: Vec<_> = members.into_iter().map(state_member).collect();
+        let members = self.state(events::STATE_MEMBER[0], "list the call members").await?;
+        let mut members: Vec<_> = {
+            let store = self.sticky();
+            let redacted_by =
+                |event: &WireEvent| event.redacted_by().or_else(|| store.state_redacted_by(&event.event_id));
+            members.into_iter().map(|event| state_member(redacted_by(&event), event)).collect()
+        };
         let mut slots = Vec::new();
         for event_type in events::SLOT {
             let of_type = self.state(event_type, "list the slots of the room").await?;
@@ -106,11 +116,8 @@ impl Inner {
         Ok(parsed.collect())
     }
 
-    /// Reads every event of the room that is still sticky. A homeserver without sticky events is not asked.
+    /// Reads every event of the room that is still sticky, and which state memberships are redacted.
     pub(super) async fn snapshot(&self) -> Result<News, RequestError> {
-        if !self.support().await?.sticky_events {
-            return Ok(News::default());
-        }
         let filter = snapshot_filter(self.room.room_id()).to_string();
         let path = ["_matrix", "client", "v3", "sync"];
         let ask = Ask::get(&path)
@@ -125,7 +132,9 @@ impl Inner {
             let events = room.and_then(|room| room.get(name)?.get("events")?.as_array());
             events.into_iter().flatten()
         };
-        let mut news = News::default();
+        let redacted = section("state").chain(section("timeline")).filter_map(redacted_state_member);
+        let changed = self.sticky().set_redacted_state(redacted.collect());
+        let mut news = News { changed, events: Vec::new() };
         // Other events of the timeline have been seen in the sync.
         let is_sticky =
             |event: &&Value| event.get("sticky").or_else(|| event.get("msc4354_sticky")).is_some();
@@ -244,7 +253,9 @@ impl Inner {
             return News::default();
         }
         let redacts = if is_redaction { wire.redacts() } else { None };
-        let changed = redacts.as_ref().is_some_and(|target| self.sticky().redact(target, &wire.sender));
+        if let Some(target) = &redacts {
+            self.sticky().redact(target, &wire.sender);
+        }
         let levels = self.room.power_levels().await;
         let event = RoomEvent {
             may_mention_room: levels
@@ -257,7 +268,8 @@ impl Inner {
             sticky_until: stickiness.map(|s| s.until),
             redacts,
         };
-        News { changed, events: vec![event] }
+        // The target may be a state membership. By now matrix-sdk has emptied it.
+        News { changed: is_redaction, events: vec![event] }
     }
 
     /// Takes in an event of the timeline that matrix-sdk has decrypted, unless its stickiness matters: then it has to
@@ -267,7 +279,7 @@ impl Inner {
         event: &RawValue,
         info: &EncryptionInfo,
         received: UnixMillis,
-    ) -> Result<News, matrix_sdk::ruma::OwnedEventId> {
+    ) -> Result<News, OwnedEventId> {
         // matrix-sdk takes sender, id, time and `unsigned` from outside, and leaves everything else as the sender wrote it
         // inside, be it a state key or stickiness.
         let Some(mut wire) = WireEvent::parse(event.get()) else { return Ok(News::default()) };
@@ -329,8 +341,7 @@ fn megolm(info: &EncryptionInfo) -> Option<Megolm> {
     Some(Megolm { device, session: info.session_id().map(str::to_owned) })
 }
 
-fn state_member(event: WireEvent) -> MemberEvent {
-    let redacted_by = event.redacted_by();
+fn state_member(redacted_by: Option<OwnedUserId>, event: WireEvent) -> MemberEvent {
     MemberEvent {
         form: MembershipForm::State,
         sender: event.sender,
@@ -346,8 +357,15 @@ fn state_member(event: WireEvent) -> MemberEvent {
     }
 }
 
-/// One room: its newest event and its sticky events. Synapse caches the answers to equal syncs without `since` for two
-/// minutes, so each filter is unique.
+/// Id of a redacted state membership, and who redacted it; `None` for any other event.
+fn redacted_state_member(event: &Value) -> Option<(OwnedEventId, OwnedUserId)> {
+    let event = WireEvent::deserialize(event).ok().filter(events::is_state_member)?;
+    let by = event.redacted_by()?;
+    Some((event.event_id, by))
+}
+
+/// One room: its newest event, its sticky events and its state memberships. Synapse caches the answers to equal syncs
+/// without `since` for two minutes, so each filter is unique.
 fn snapshot_filter(room: &RoomId) -> Value {
     let nothing = json!({"types": [], "not_types": ["*"]});
     let unique = format!("snapshot-{}", rand::rng().random::<u64>());
@@ -355,7 +373,7 @@ fn snapshot_filter(room: &RoomId) -> Value {
         "room": {
             "rooms": [room],
             "timeline": {"limit": 1},
-            "state": {"types": [], "not_types": ["*"], "lazy_load_members": true},
+            "state": {"types": events::STATE_MEMBER, "lazy_load_members": true},
             "ephemeral": nothing,
             "account_data": nothing,
         },

@@ -4,6 +4,7 @@ mod delayed_leaves;
 mod requests_and_refusals;
 mod room_news;
 mod sessions;
+mod state_members;
 mod sticky_members;
 mod support;
 mod synapse;

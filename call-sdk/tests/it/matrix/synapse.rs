@@ -14,6 +14,9 @@ use serde_json::json;
 
 use super::{
     sessions::check_second_start,
+    state_members::{
+        check_redacted_state_membership, check_redacted_unreadable_state, check_redaction_while_away,
+    },
     sticky_members::check_encrypted_membership,
     support::{HOUR, LIMIT, STICKY_MEMBER, User, refused, sticky_members, view_until},
     to_device_outcomes::check_unknown_and_healthy,
@@ -32,6 +35,16 @@ async fn members_keys_and_restarts_work() {
     check_encrypted_membership(&alice, &bob).await;
     check_unknown_and_healthy(&alice, &bob).await;
     check_second_start(&alice, bob).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redacted_state_memberships_are_emptied() {
+    require!(Peer::Synapse);
+    let synapse = Synapse::start(SynapseOptions::default()).await.unwrap();
+    let (alice, bob) = (user(&synapse, "alice").await, user(&synapse, "bob").await);
+    check_redacted_state_membership(&alice, &bob).await;
+    check_redacted_unreadable_state(&alice, bob).await;
+    check_redaction_while_away(&alice, user(&synapse, "carol").await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
