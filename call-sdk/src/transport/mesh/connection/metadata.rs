@@ -37,14 +37,17 @@ pub(super) struct Described {
     pub(super) id: String,
 }
 
-/// The tracks of the other side: in every section in which it sends, unless it has described its streams and not this
-/// one. One that it puts into a stream with others of the same kind gets the track's id in its name.
-pub(super) fn tracks(sections: &[SectionView], streams: &Streams) -> BTreeMap<TrackSid, Described> {
+/// The tracks of the other side: in every section in which it sends, unless it describes its streams (`None`: it never
+/// did) and not this one. One that it puts into a stream with others of the same kind gets the track's id in its name.
+pub(super) fn tracks(
+    sections: &[SectionView],
+    streams: Option<&Streams>,
+) -> BTreeMap<TrackSid, Described> {
     let mut tracks = BTreeMap::new();
     for section in sections.iter().filter(|section| section.sends) {
         let Some((stream, id)) = &section.msid else { continue };
-        let metadata = streams.get(stream);
-        if metadata.is_none() && !streams.is_empty() {
+        let metadata = streams.and_then(|streams| streams.get(stream));
+        if metadata.is_none() && streams.is_some() {
             continue;
         }
         // A track without a stream has `-` there (RFC 8830 §2).
@@ -78,9 +81,9 @@ fn remote_track(sid: TrackSid, audio: bool, metadata: Option<&StreamMetadata>) -
 }
 
 /// How many tracks of audio and of video the other side has described without sending them in a section.
-pub(super) fn missing(sections: &[SectionView], streams: &Streams) -> [usize; 2] {
+pub(super) fn missing(sections: &[SectionView], streams: Option<&Streams>) -> [usize; 2] {
     let mut missing = [0, 0];
-    for (stream, metadata) in streams {
+    for (stream, metadata) in streams.into_iter().flatten() {
         let sent = |section: &SectionView| {
             section.sends && section.msid.as_ref().is_some_and(|(of, _)| of == stream)
         };
@@ -117,7 +120,7 @@ mod tests {
     #[test]
     fn foreign_stream_with_audio_and_video_is_two_tracks() {
         let sections = [section(true, "s", "a"), section(false, "s", "v"), section(false, "-", "lone")];
-        let tracks = tracks(&sections, &Streams::new());
+        let tracks = tracks(&sections, None);
         let sources: Vec<_> = tracks.iter().map(|(sid, d)| (sid.0.as_str(), d.track.source)).collect();
         assert_eq!(sources, [
             ("lone:video", TrackSource::Camera),
@@ -129,21 +132,22 @@ mod tests {
     #[test]
     fn metadata_says_what_a_track_is() {
         let mut streams = Streams::from([("s".to_owned(), described(TrackSource::ScreenShare))]);
-        let found = tracks(&[section(false, "s", "v"), section(true, "other", "a")], &streams);
+        let found = tracks(&[section(false, "s", "v"), section(true, "other", "a")], Some(&streams));
         assert_eq!(found.len(), 1, "a stream that is not described is not taken");
         let track = &found[&TrackSid("s:video".into())].track;
         assert_eq!((track.source, track.name.as_str(), track.muted), (TrackSource::ScreenShare, "n", true));
+        assert!(tracks(&[section(false, "other", "v")], Some(&Streams::new())).is_empty());
         streams.get_mut("s").unwrap().track = None;
         streams.get_mut("s").unwrap().purpose = SCREENSHARE.into();
         assert_eq!(
-            tracks(&[section(false, "s", "v")], &streams)[&TrackSid("s:video".into())].track.source,
+            tracks(&[section(false, "s", "v")], Some(&streams))[&TrackSid("s:video".into())].track.source,
             TrackSource::ScreenShare
         );
     }
 
     #[test]
     fn tracks_of_one_kind_in_one_stream_have_different_names() {
-        assert_eq!(tracks(&[section(false, "s", "v"), section(false, "s", "w")], &Streams::new()).len(), 2);
+        assert_eq!(tracks(&[section(false, "s", "v"), section(false, "s", "w")], None).len(), 2);
     }
 
     #[test]
@@ -153,7 +157,7 @@ mod tests {
             ("b".to_owned(), described(TrackSource::Camera)),
             ("c".to_owned(), StreamMetadata::default()),
         ]);
-        assert_eq!(missing(&[], &streams), [2, 2]);
-        assert_eq!(missing(&[section(true, "a", "x"), section(true, "c", "y")], &streams), [0, 1]);
+        assert_eq!(missing(&[], Some(&streams)), [2, 2]);
+        assert_eq!(missing(&[section(true, "a", "x"), section(true, "c", "y")], Some(&streams)), [0, 1]);
     }
 }

@@ -70,9 +70,9 @@ pub(super) struct Session {
     receiving: Vec<Receiving>,
     /// The ids of all sections of the other side's offers.
     known: HashSet<String>,
-    /// The other side's latest description and streams.
+    /// The other side's latest description and streams; `None`: it never described any.
     their_sections: Vec<SectionView>,
-    their_streams: Streams,
+    their_streams: Option<Streams>,
     /// The remote tracks that the application knows.
     tracks: BTreeMap<TrackSid, Described>,
     /// The remote tracks that the engine has, by the track half of their msid.
@@ -184,7 +184,7 @@ impl Session {
             receiving: Vec::new(),
             known: HashSet::new(),
             their_sections: Vec::new(),
-            their_streams: Streams::new(),
+            their_streams: None,
             tracks: BTreeMap::new(),
             incoming: HashMap::new(),
             gathered: Gathered::default(),
@@ -337,7 +337,7 @@ impl Session {
         for sending in &self.sending {
             sending.outgoing.assign(sending.stream(), false).await?;
         }
-        let missing = metadata::missing(&self.their_sections, &self.their_streams);
+        let missing = metadata::missing(&self.their_sections, self.their_streams.as_ref());
         for (kind, audio) in [true, false].into_iter().enumerate() {
             let free = |section: &&Receiving| section.audio == audio && !section.used && !section.refused;
             let free = self.receiving.iter().filter(free).count();
@@ -424,7 +424,7 @@ impl Session {
         self.their_candidates = 0;
         self.their_sections = sections::views(&answer);
         self.take_streams(streams);
-        let missing = metadata::missing(&self.their_sections, &self.their_streams);
+        let missing = metadata::missing(&self.their_sections, self.their_streams.as_ref());
         for section in &mut self.receiving {
             let taken = view(&self.their_sections, Some(&section.mid)).is_some_and(|view| view.sends);
             section.refused |= !taken && missing[usize::from(!section.audio)] > 0;
@@ -507,7 +507,9 @@ impl Session {
     }
 
     fn take_streams(&mut self, streams: Streams) {
-        self.their_streams = streams.into_iter().take(MOST_STREAMS).collect();
+        if self.their_streams.is_some() || !streams.is_empty() {
+            self.their_streams = Some(streams.into_iter().take(MOST_STREAMS).collect());
+        }
     }
 
     /// The local tracks that have no section.
@@ -553,7 +555,7 @@ impl Session {
             ended: self.sending.iter().filter(is_over).count(),
             // The callee can't offer, and has said all that it has.
             missing: if self.role == Some(Role::Caller) {
-                metadata::missing(&self.their_sections, &self.their_streams)
+                metadata::missing(&self.their_sections, self.their_streams.as_ref())
             } else {
                 [0, 0]
             },
@@ -647,7 +649,7 @@ impl Session {
 
     /// Reports what changed about the other side's tracks, and reads them under their names.
     async fn update_tracks(&mut self) -> Result<(), Stop> {
-        let present = metadata::tracks(&self.their_sections, &self.their_streams);
+        let present = metadata::tracks(&self.their_sections, self.their_streams.as_ref());
         let before = std::mem::replace(&mut self.tracks, present);
         for sid in before.keys().filter(|sid| !self.tracks.contains_key(sid)) {
             self.shared.remote.attach(sid, None);
