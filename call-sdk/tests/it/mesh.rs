@@ -130,10 +130,13 @@ fn gaps(speakers: &[Speaker]) -> (Duration, Duration) {
 async fn members_mesh_on_synapse_and_send_nothing_but_olm() {
     require!(Peer::Synapse, Peer::LoopbackOnly);
     let _turn = turn().await;
-    let synapse = Synapse::start(SynapseOptions::default()).await.unwrap();
-    let port = synapse.url().rsplit(':').next().unwrap().trim_end_matches('/').parse().unwrap();
-    let relay = TcpRelay::start(SocketAddr::from(([127, 0, 0, 1], port))).await;
+    let relay = TcpRelay::reserve().await;
     let url = format!("http://127.0.0.1:{}", relay.port());
+    let mut options_of_synapse = SynapseOptions::default();
+    options_of_synapse.clients_at = Some(url.clone());
+    let synapse = Synapse::start(options_of_synapse).await.unwrap();
+    let port = synapse.url().rsplit(':').next().unwrap().trim_end_matches('/').parse().unwrap();
+    relay.lead_to(SocketAddr::from(([127, 0, 0, 1], port)));
     for count in [2, 3, 4, 7] {
         let mut room = Room::on(&url);
         let mut speakers = Vec::new();

@@ -131,6 +131,7 @@ async fn relay_back(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketA
 /// Passes TCP connections on to a server until it is cut; then nothing connects. Ends when dropped.
 pub(crate) struct TcpRelay {
     port: u16,
+    server: tokio::sync::watch::Sender<Option<SocketAddr>>,
     cut: Arc<tokio::sync::watch::Sender<bool>>,
     /// What the clients have sent, all connections after each other.
     sent: Arc<Mutex<Vec<u8>>>,
@@ -139,8 +140,16 @@ pub(crate) struct TcpRelay {
 
 impl TcpRelay {
     pub(crate) async fn start(server: SocketAddr) -> Self {
+        let relay = Self::reserve().await;
+        relay.lead_to(server);
+        relay
+    }
+
+    /// A relay whose server is not known yet: connections wait for it.
+    pub(crate) async fn reserve() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
+        let (server, leads_to) = tokio::sync::watch::channel(None);
         let cut = Arc::new(tokio::sync::watch::channel(false).0);
         let is_cut = cut.clone();
         let sent = Arc::<Mutex<Vec<u8>>>::default();
@@ -152,9 +161,11 @@ impl TcpRelay {
                 if *is_cut.borrow() {
                     continue;
                 }
-                let tap = tap.clone();
+                let (tap, mut leads_to) = (tap.clone(), leads_to.clone());
                 connections.spawn(async move {
                     let passing = async {
+                        let server = leads_to.wait_for(Option::is_some).await.ok().and_then(|server| *server);
+                        let Some(server) = server else { return };
                         if let Ok(server) = TcpStream::connect(server).await {
                             pass(client, server, &tap).await;
                         }
@@ -167,7 +178,11 @@ impl TcpRelay {
             }
         })
         .abort_handle();
-        Self { port, cut, sent, accepting }
+        Self { port, server, cut, sent, accepting }
+    }
+
+    pub(crate) fn lead_to(&self, server: SocketAddr) {
+        self.server.send_replace(Some(server));
     }
 
     /// What the clients have sent so far, as text.

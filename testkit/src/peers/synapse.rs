@@ -31,6 +31,8 @@ pub struct SynapseOptions {
     /// Whether the homeserver sends clients to its TLS listener (`/.well-known/matrix/client`), as a deployment does
     /// that has no plain one.
     pub clients_over_tls: bool,
+    /// Where the homeserver sends clients (`/.well-known/matrix/client`), if that is not itself.
+    pub clients_at: Option<String>,
     /// The token of an application service that is interested in all users and is sent nothing. None: there is none.
     pub application_service_token: Option<String>,
     /// Whether it speaks to other Synapses on loopback, whose self-signed certificates it then takes.
@@ -342,7 +344,9 @@ fn config(client_port: u16, federation_port: u16, shared_secret: &str, options: 
             "resources": [{"names": ["client", "federation", "openid"], "compress": false}]})
     };
     let fast = json!({"per_second": 100_000, "burst_count": 100_000});
-    let public = if options.clients_over_tls {
+    let public = if let Some(url) = &options.clients_at {
+        format!("{url}/")
+    } else if options.clients_over_tls {
         format!("https://localhost:{federation_port}/")
     } else {
         format!("http://localhost:{client_port}/")

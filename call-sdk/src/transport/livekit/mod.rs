@@ -33,8 +33,8 @@ use self::{
     resumption::Sequences,
     session::Session,
 };
-use super::rtc::{data, desired::Desired, events::EventSink, remote::RemoteTracks};
 pub use super::rtc::{Bind, IceServer};
+use super::rtc::{data, desired::Desired, events::EventSink, remote::RemoteTracks};
 use crate::{
     media::TrackSpec,
     transport::{

@@ -17,9 +17,7 @@ use crate::{
 
 #[cfg(feature = "webrtc")]
 mod connection;
-#[cfg_attr(not(test), allow(dead_code, reason = "calls do not use it yet"))]
 mod signalling;
-#[cfg_attr(not(test), allow(dead_code, reason = "calls do not use it yet"))]
 mod wire;
 
 #[cfg(feature = "webrtc")]
@@ -27,7 +25,6 @@ pub use self::connection::{MeshConnection, MeshOptions};
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub use self::signalling::mesh_message;
-#[allow(unused_imports, reason = "calls do not use it yet")]
 pub(crate) use self::signalling::{MessageId, Signalling, SignallingInput, SignallingOutput, Us};
 
 /// The type of a mesh entry among a membership's transports.

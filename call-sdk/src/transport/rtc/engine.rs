@@ -303,11 +303,8 @@ impl Peer {
             })
             .collect();
         let ssrcs = encodings.iter().filter_map(|encoding| encoding.rtp_coding_parameters.ssrc).collect();
-        let direction = if mutual {
-            RTCRtpTransceiverDirection::Sendrecv
-        } else {
-            RTCRtpTransceiverDirection::Sendonly
-        };
+        let direction =
+            if mutual { RTCRtpTransceiverDirection::Sendrecv } else { RTCRtpTransceiverDirection::Sendonly };
         let track = Arc::new(TrackLocalStaticRTP::new(MediaStreamTrack::new(
             stream.to_owned(),
             cid.to_owned(),

@@ -53,9 +53,9 @@ mod interop;
 mod tests;
 
 #[cfg(feature = "webrtc")]
-pub use self::ice::{Bind, IceServer};
-#[cfg(feature = "webrtc")]
 pub(in crate::transport) use self::ice::Network;
+#[cfg(feature = "webrtc")]
+pub use self::ice::{Bind, IceServer};
 pub use self::{
     jitter::{AssembledFrame, IncomingPacket, Reassembler},
     packetiser::{FrameLayer, OutgoingPacket, PacketiseError, Packetiser},

@@ -78,7 +78,9 @@ pub(in crate::transport) fn candidates(sdp: &str) -> impl Iterator<Item = &str> 
 pub(in crate::transport) fn honest_answer(answer: &str, offer: &str) -> String {
     let offered: HashMap<&str, Direction> = sections(offer)
         .filter(|section| section.is_media())
-        .filter_map(|section| Some((section.value("mid")?, section.direction().unwrap_or(Direction::SendRecv))))
+        .filter_map(|section| {
+            Some((section.value("mid")?, section.direction().unwrap_or(Direction::SendRecv)))
+        })
         .collect();
     rewrite(answer, |section| {
         let (direction, offered) = (section.direction()?, offered.get(section.value("mid")?)?);
@@ -152,7 +154,8 @@ pub(in crate::transport) fn ice_ufrag(sdp: &str) -> Option<&str> {
 
 /// The description with these candidates (lines without `a=`) in its first section and no others.
 pub(in crate::transport) fn with_candidates(sdp: &str, candidates: &[String], complete: bool) -> String {
-    let is_candidate = |line: &str| line.starts_with("a=candidate:") || line.starts_with("a=end-of-candidates");
+    let is_candidate =
+        |line: &str| line.starts_with("a=candidate:") || line.starts_with("a=end-of-candidates");
     let mut out = String::with_capacity(sdp.len() + 128 * candidates.len());
     let mut media = 0;
     let add = |out: &mut String| {
@@ -368,11 +371,25 @@ mod tests {
 
     #[test]
     fn answer_sends_only_where_it_may_and_has_a_stream() {
-        let section = |mid, direction, rest| format!("m=video 9 X 96\r\na=mid:{mid}\r\n{rest}a={direction}\r\n");
+        let section =
+            |mid, direction, rest| format!("m=video 9 X 96\r\na=mid:{mid}\r\n{rest}a={direction}\r\n");
         let ssrc = "a=ssrc:5 cname:x\r\n";
-        let answer = ["v=0\r\n".into(), section(0, "sendonly", ssrc), section(1, "sendonly", ""), section(2, "sendrecv", ssrc)].concat();
-        let offer = ["v=0\r\n".into(), section(0, "recvonly", ""), section(1, "recvonly", ""), section(2, "sendonly", ssrc)].concat();
-        let directions: Vec<_> = sections(&honest_answer(&answer, &offer)).map(|s| s.direction().unwrap()).collect();
+        let answer = [
+            "v=0\r\n".into(),
+            section(0, "sendonly", ssrc),
+            section(1, "sendonly", ""),
+            section(2, "sendrecv", ssrc),
+        ]
+        .concat();
+        let offer = [
+            "v=0\r\n".into(),
+            section(0, "recvonly", ""),
+            section(1, "recvonly", ""),
+            section(2, "sendonly", ssrc),
+        ]
+        .concat();
+        let directions: Vec<_> =
+            sections(&honest_answer(&answer, &offer)).map(|s| s.direction().unwrap()).collect();
         assert_eq!(directions, [Direction::SendOnly, Direction::Inactive, Direction::RecvOnly]);
     }
 
@@ -389,9 +406,10 @@ mod tests {
     #[test]
     fn sections_are_viewed() {
         let views = views(OFFER);
-        assert_eq!(views.iter().map(|v| (v.audio, v.sends, v.receives)).collect::<Vec<_>>(), [
-            (true, true, true), (false, false, true), (false, true, false), (true, false, true),
-        ]);
+        assert_eq!(
+            views.iter().map(|v| (v.audio, v.sends, v.receives)).collect::<Vec<_>>(),
+            [(true, true, true), (false, false, true), (false, true, false), (true, false, true),]
+        );
         assert_eq!(views[2].msid, Some(("PA_a|camera".into(), "cam-7".into())));
         assert_eq!(first_mid(OFFER), Some("0"));
     }
@@ -399,9 +417,13 @@ mod tests {
     #[test]
     fn candidates_are_replaced_in_the_first_section() {
         let sdp = "v=0\r\nm=audio 9 X 1\r\na=candidate:1\r\na=mid:0\r\nm=audio 9 X 1\r\na=candidate:2\r\n";
-        let expected = "v=0\r\nm=audio 9 X 1\r\na=mid:0\r\na=candidate:7\r\na=end-of-candidates\r\nm=audio 9 X 1\r\n";
+        let expected =
+            "v=0\r\nm=audio 9 X 1\r\na=mid:0\r\na=candidate:7\r\na=end-of-candidates\r\nm=audio 9 X 1\r\n";
         assert_eq!(with_candidates(sdp, &["candidate:7".into()], true), expected);
-        assert_eq!(with_candidates("v=0\r\nm=audio 9 X 1\r\n", &[], true), "v=0\r\nm=audio 9 X 1\r\na=end-of-candidates\r\n");
+        assert_eq!(
+            with_candidates("v=0\r\nm=audio 9 X 1\r\n", &[], true),
+            "v=0\r\nm=audio 9 X 1\r\na=end-of-candidates\r\n"
+        );
     }
 
     proptest! {

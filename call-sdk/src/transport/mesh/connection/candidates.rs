@@ -78,8 +78,10 @@ mod tests {
 
     const HOST: &str = "candidate:1 1 udp 2130706431 192.168.1.7 5000 typ host";
     const LOOPBACK: &str = "candidate:1 1 udp 2130706431 127.0.0.1 5000 typ host";
-    const REFLEXIVE: &str = "candidate:2 1 udp 1694498815 203.0.113.7 6000 typ srflx raddr 192.168.1.7 rport 5000";
-    const RELAYED: &str = "candidate:3 1 udp 16777215 198.51.100.1 7000 typ relay raddr 203.0.113.7 rport 6000";
+    const REFLEXIVE: &str =
+        "candidate:2 1 udp 1694498815 203.0.113.7 6000 typ srflx raddr 192.168.1.7 rport 5000";
+    const RELAYED: &str =
+        "candidate:3 1 udp 16777215 198.51.100.1 7000 typ relay raddr 203.0.113.7 rport 6000";
 
     #[test]
     fn addresses_of_interfaces_are_told_on_request() {
@@ -104,7 +106,9 @@ mod tests {
 
     #[test]
     fn malformed_candidates_are_not_told() {
-        for candidate in ["", "candidate:", "candidate:1 1 udp 1 name.local 5 typ host", "a b c d 10.0.0.1 typ"] {
+        for candidate in
+            ["", "candidate:", "candidate:1 1 udp 1 name.local 5 typ host", "a b c d 10.0.0.1 typ"]
+        {
             assert_eq!(Policy { relay_only: false, host: true }.reveal(candidate), None);
         }
     }

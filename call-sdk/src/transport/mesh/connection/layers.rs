@@ -71,7 +71,8 @@ impl Layers {
             }
             return;
         };
-        let short = self.rates.get(wanted).is_some_and(|rate| share.saturating_mul(10) < rate.saturating_mul(9));
+        let short =
+            self.rates.get(wanted).is_some_and(|rate| share.saturating_mul(10) < rate.saturating_mul(9));
         if let Some(Pause { trial: Some(trial), .. }) = &mut self.pause {
             if now < trial.until {
                 return;
@@ -126,7 +127,8 @@ impl Layers {
 
     /// Which layers are of use, lowest first.
     pub(super) fn in_use(&self) -> Vec<bool> {
-        let used = |layer| self.wanted.is_some() && (self.wanted == Some(layer) || self.sending == Some(layer));
+        let used =
+            |layer| self.wanted.is_some() && (self.wanted == Some(layer) || self.sending == Some(layer));
         (0..self.rates.len()).map(used).collect()
     }
 

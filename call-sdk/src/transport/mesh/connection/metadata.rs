@@ -39,10 +39,7 @@ pub(super) struct Described {
 
 /// The tracks of the other side: in every section in which it sends, unless it describes its streams (`None`: it never
 /// did) and not this one. One that it puts into a stream with others of the same kind gets the track's id in its name.
-pub(super) fn tracks(
-    sections: &[SectionView],
-    streams: Option<&Streams>,
-) -> BTreeMap<TrackSid, Described> {
+pub(super) fn tracks(sections: &[SectionView], streams: Option<&Streams>) -> BTreeMap<TrackSid, Described> {
     let mut tracks = BTreeMap::new();
     for section in sections.iter().filter(|section| section.sends) {
         let Some((stream, id)) = &section.msid else { continue };
@@ -114,7 +111,12 @@ mod tests {
 
     fn described(source: TrackSource) -> StreamMetadata {
         let track = TrackMetadata { source, name: "n".into(), width: 0, height: 0 };
-        StreamMetadata { purpose: USERMEDIA.into(), video_muted: true, track: Some(track), ..Default::default() }
+        StreamMetadata {
+            purpose: USERMEDIA.into(),
+            video_muted: true,
+            track: Some(track),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -122,11 +124,14 @@ mod tests {
         let sections = [section(true, "s", "a"), section(false, "s", "v"), section(false, "-", "lone")];
         let tracks = tracks(&sections, None);
         let sources: Vec<_> = tracks.iter().map(|(sid, d)| (sid.0.as_str(), d.track.source)).collect();
-        assert_eq!(sources, [
-            ("lone:video", TrackSource::Camera),
-            ("s:audio", TrackSource::Microphone),
-            ("s:video", TrackSource::Camera),
-        ]);
+        assert_eq!(
+            sources,
+            [
+                ("lone:video", TrackSource::Camera),
+                ("s:audio", TrackSource::Microphone),
+                ("s:video", TrackSource::Camera),
+            ]
+        );
     }
 
     #[test]

@@ -427,7 +427,7 @@ impl Session {
         let missing = metadata::missing(&self.their_sections, self.their_streams.as_ref());
         for section in &mut self.receiving {
             let taken = view(&self.their_sections, Some(&section.mid)).is_some_and(|view| view.sends);
-            section.refused |= !taken && missing[usize::from(!section.audio)] > 0;
+            section.refused = !taken && (section.refused || missing[usize::from(!section.audio)] > 0);
             section.used = taken;
         }
         let mut refused = Vec::new();
@@ -442,7 +442,8 @@ impl Session {
             }
         }
         for local in refused {
-            self.give_up(&local, TransportError::TrackRefused("the member does not take it".to_owned())).await?;
+            self.give_up(&local, TransportError::TrackRefused("the member does not take it".to_owned()))
+                .await?;
         }
         self.update_tracks().await?;
         self.settle().await
@@ -601,7 +602,8 @@ impl Session {
         }
         let mut refused = Vec::new();
         for sending in &mut self.sending {
-            let Some(track) = sending.track.as_mut().filter(|track| track.negotiated && track.tasks.is_empty())
+            let Some(track) =
+                sending.track.as_mut().filter(|track| track.negotiated && track.tasks.is_empty())
             else {
                 continue;
             };
@@ -613,8 +615,7 @@ impl Session {
             let local = Arc::clone(&track.local);
             let events = || Arc::clone(&self.shared.events);
             let layers = Arc::clone(&track.layers);
-            let current =
-                move |_| layers.lock().unwrap_or_else(PoisonError::into_inner).current();
+            let current = move |_| layers.lock().unwrap_or_else(PoisonError::into_inner).current();
             let watching = local::watch_reports(outgoing.clone(), local.id, events(), current);
             let (layers, audio) = (Arc::clone(&track.layers), local.spec.codec.is_audio());
             let select = move |now, frame: &crate::transport::WireFrame| {
@@ -817,7 +818,8 @@ impl Session {
             };
             if let Some((since, least)) = paused {
                 needed += least;
-                paused_since = Some(paused_since.map_or(since, |before: std::time::Instant| before.min(since)));
+                paused_since =
+                    Some(paused_since.map_or(since, |before: std::time::Instant| before.min(since)));
             }
             if in_use != sent.in_use && in_use.len() > 1 {
                 sent.in_use.clone_from(&in_use);

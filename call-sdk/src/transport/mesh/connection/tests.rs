@@ -7,7 +7,7 @@ use crate::{
     media::VideoLayer,
     transport::{
         ConnectStage, DataBody, ReceivedFrame, Reliability, RemoteTrack, UserData, WireFrame,
-        mesh::{Negotiated, Sdp},
+        mesh::{Candidate, Negotiated, Sdp, Streams},
     },
 };
 
@@ -34,9 +34,28 @@ impl End {
             bind: Bind::Addresses(vec!["127.0.0.1:0".parse().unwrap()]),
             ..MeshOptions::default()
         };
-        let (transport, events) =
-            MeshConnection::open(options, ParticipantIdentity(name.to_owned())).await.unwrap();
-        Self { transport, events, seen: Vec::new() }
+        Self::with(options, name).await.unwrap()
+    }
+
+    async fn with(options: MeshOptions, name: &str) -> Result<Self, TransportError> {
+        let (transport, events) = MeshConnection::open(options, ParticipantIdentity(name.to_owned())).await?;
+        Ok(Self { transport, events, seen: Vec::new() })
+    }
+
+    /// The next description of this end.
+    async fn description(&mut self) -> (String, Streams) {
+        let deadline = tokio::time::Instant::now() + DEADLINE;
+        loop {
+            let event = tokio::time::timeout_at(deadline, self.events.recv()).await.expect("no description");
+            let event = event.expect("the connection ended");
+            self.seen.push(event.clone());
+            if let TransportEvent::Negotiated(
+                Negotiated::Offer { sdp, streams } | Negotiated::Answer { sdp, streams },
+            ) = event
+            {
+                return (sdp.0, streams);
+            }
+        }
     }
 
     fn publish(&self, id: u64, spec: TrackSpec) -> JoinHandle<Arc<dyn Outlet>> {
@@ -66,12 +85,12 @@ impl End {
     }
 
     fn is_up(&self) -> bool {
-        let changes = self.seen.iter().filter_map(|event| match event {
+        let mut changes = self.seen.iter().filter_map(|event| match event {
             TransportEvent::Negotiated(Negotiated::Up) => Some(true),
             TransportEvent::Negotiated(Negotiated::Interrupted) => Some(false),
             _ => None,
         });
-        changes.last() == Some(true)
+        changes.next_back() == Some(true)
     }
 
     fn failure(&self) -> Option<&str> {
@@ -201,7 +220,8 @@ impl Source {
                 ticks.tick().await;
                 for layer in 0..layers {
                     // The frame tag and the start code of a VP8 key frame (RFC 6386 §9.1).
-                    let head: &[u8] = if video { &[0x10, 0, 0, 0x9d, 1, 0x2a, 0x10, 0, 0x10, 0] } else { &[0xf8] };
+                    let head: &[u8] =
+                        if video { &[0x10, 0, 0, 0x9d, 1, 0x2a, 0x10, 0, 0x10, 0] } else { &[0xf8] };
                     outlet.send(&WireFrame {
                         payload: [head, &[mark + layer]].concat().into(),
                         rtp_timestamp: count * if video { 1800 } else { 960 },
@@ -345,8 +365,13 @@ async fn muting_is_told_and_drops_frames() {
         let is = |pair: &mut Pair| pair.caller.track("microphone").is_some_and(|track| track.muted == muted);
         pair.until("mute", is).await;
         let dropped = outlet.dropped();
-        let frame =
-            WireFrame { payload: vec![1].into(), rtp_timestamp: 0, layer: 0, key_frame: true, audio_level: None };
+        let frame = WireFrame {
+            payload: vec![1].into(),
+            rtp_timestamp: 0,
+            layer: 0,
+            key_frame: true,
+            audio_level: None,
+        };
         outlet.send(&frame);
         assert_eq!(outlet.dropped() > dropped, muted);
     }
@@ -485,4 +510,85 @@ async fn bad_descriptions_fail_and_closing_ends() {
     }
     assert_eq!(last, Some(TransportEvent::Disconnected(DisconnectReason::Closed)));
     pair.caller.transport.close().await;
+}
+
+/// A browser's offer of audio and video, in both directions.
+fn offer_of_browser(version: u32) -> String {
+    let fingerprint = ["AB"; 32].join(":");
+    let mut sdp = format!(
+        "v=0\r\no=- 1 {version} IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\na=group:BUNDLE a v\r\n\
+         a=fingerprint:sha-256 {fingerprint}\r\n"
+    );
+    for (kind, mid, payload) in [("audio", "a", "111 opus/48000/2"), ("video", "v", "96 VP8/90000")] {
+        let (number, codec) = payload.split_once(' ').unwrap();
+        sdp.push_str(&format!(
+            "m={kind} 9 UDP/TLS/RTP/SAVPF {number}\r\nc=IN IP4 0.0.0.0\r\na=setup:actpass\r\na=mid:{mid}\r\n\
+             a=ice-ufrag:abcdefgh\r\na=ice-pwd:abcdefghijklmnopqrstuvwx\r\na=rtcp-mux\r\n\
+             a=rtpmap:{number} {codec}\r\na=ssrc:{number} cname:x\r\na=msid:both {mid}\r\na=sendrecv\r\n"
+        ));
+    }
+    sdp
+}
+
+fn direction<'a>(sdp: &'a str, kind: &str) -> &'a str {
+    let (_, section) = sdp.split_once(&format!("\nm={kind}")).unwrap();
+    let section = section.split("\nm=").next().unwrap();
+    let directions = ["a=sendrecv", "a=sendonly", "a=recvonly", "a=inactive"];
+    section.lines().map(str::trim_end).find(|line| directions.contains(line)).unwrap()
+}
+
+#[tokio::test]
+async fn tracks_go_into_the_sections_of_a_browser() {
+    let mut callee = End::open("browser").await;
+    let _microphone = callee.publish(1, TrackSpec::microphone());
+    tokio::task::yield_now().await;
+    let offer = |version| Negotiate::Answer { sdp: Sdp(offer_of_browser(version)), streams: Streams::new() };
+    callee.transport.negotiate(offer(1));
+    let (answer, streams) = callee.description().await;
+    assert_eq!((direction(&answer, "audio"), direction(&answer, "video")), ("a=sendrecv", "a=recvonly"));
+    let stream = streams.keys().next().unwrap();
+    assert!(answer.contains(&format!("a=msid:{stream} ")), "{answer}");
+    assert_eq!(callee.tracks().len(), 2);
+    let _camera = callee.publish(2, camera());
+    tokio::task::yield_now().await;
+    callee.transport.negotiate(offer(2));
+    let (answer, streams) = callee.description().await;
+    assert_eq!((direction(&answer, "audio"), direction(&answer, "video")), ("a=sendrecv", "a=sendrecv"));
+    assert!(streams.keys().all(|stream| answer.contains(&format!("a=msid:{stream} "))), "{answer}");
+    callee.transport.unpublish(LocalTrackId(1));
+    callee.transport.negotiate(offer(3));
+    let (answer, _) = callee.description().await;
+    assert_eq!((direction(&answer, "audio"), direction(&answer, "video")), ("a=recvonly", "a=sendrecv"));
+    callee.transport.close().await;
+}
+
+/// On every interface of this machine, if there is one besides loopback.
+#[tokio::test]
+async fn named_candidates_do_no_harm() {
+    let options = || MeshOptions { host_candidates: true, ..MeshOptions::default() };
+    let (Ok(caller), Ok(callee)) =
+        (End::with(options(), "callee").await, End::with(options(), "caller").await)
+    else {
+        return;
+    };
+    let mut pair = Pair { caller, callee, offers: 0 };
+    pair.call().await;
+    let named = "candidate:1 1 udp 2130706431 0c3d6c1f-2f6f-4f53-8b8f-6f4f4a1b2c3d.local 5000 typ host";
+    let named = Candidate { candidate: named.to_owned(), mid: Some("0".to_owned()), index: Some(0) };
+    for end in [&pair.caller, &pair.callee] {
+        end.transport.negotiate(Negotiate::Candidates(vec![named.clone()]));
+    }
+    pair.until("an exchange", |pair| {
+        let answered =
+            |event: &TransportEvent| matches!(event, TransportEvent::Negotiated(Negotiated::Answer { .. }));
+        pair.callee.seen.iter().any(answered)
+    })
+    .await;
+    let told = pair.callee.seen.iter().any(|event| {
+        matches!(event, TransportEvent::Negotiated(Negotiated::Answer { sdp, .. }) if sdp.0.contains("a=candidate"))
+    });
+    if told {
+        pair.up().await;
+    }
+    pair.close().await;
 }
