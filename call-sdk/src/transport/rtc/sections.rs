@@ -74,12 +74,14 @@ pub(in crate::transport) fn candidates(sdp: &str) -> impl Iterator<Item = &str> 
 /// say that we send where we have no stream.
 ///
 /// The engine answers `recvonly` when a section goes quiet for the second time, which would tell an SFU that the
-/// section is still in use, and `sendonly` where it has nothing to send.
+/// section is still in use, `sendonly` where it has nothing to send, and with all its codecs where none is known.
 pub(in crate::transport) fn honest_answer(answer: &str, offer: &str) -> String {
     let offered: HashMap<&str, Direction> = sections(offer)
         .filter(|section| section.is_media())
         .filter_map(|section| {
-            Some((section.value("mid")?, section.direction().unwrap_or(Direction::SendRecv)))
+            let direction = section.direction().unwrap_or(Direction::SendRecv);
+            let possible = if section.has_known_codec() { direction } else { Direction::Inactive };
+            Some((section.value("mid")?, possible))
         })
         .collect();
     rewrite(answer, |section| {
@@ -123,6 +125,8 @@ pub(in crate::transport) struct SectionView {
     pub(in crate::transport) sends: bool,
     /// Whether the describing side receives in it.
     pub(in crate::transport) receives: bool,
+    /// Whether it names a codec that we know.
+    pub(in crate::transport) usable: bool,
     /// The stream and track halves of the msid.
     pub(in crate::transport) msid: Option<(String, String)>,
 }
@@ -136,6 +140,7 @@ pub(in crate::transport) fn views(sdp: &str) -> Vec<SectionView> {
             audio: section.0.starts_with("m=audio"),
             sends: direction.sends() && section.is_named(),
             receives: direction.receives(),
+            usable: section.has_known_codec(),
             msid: section.msid().map(|(stream, track)| (stream.to_owned(), track.to_owned())),
         })
     };
@@ -242,6 +247,15 @@ impl<'a> Section<'a> {
     /// Whether it names the stream that is sent in it.
     fn is_named(self) -> bool {
         self.value("ssrc").is_some() || self.value("rid").is_some()
+    }
+
+    /// Whether it names a codec that we know, or none at all.
+    fn has_known_codec(self) -> bool {
+        let known = ["opus", "VP8", "VP9", "H264", "H265", "AV1"];
+        let names = self.lines().filter_map(|line| line.strip_prefix("a=rtpmap:")?.split([' ', '/']).nth(1));
+        let mut known =
+            names.map(|name| known.iter().any(|known| name.eq_ignore_ascii_case(known))).peekable();
+        known.peek().is_none() || known.any(|known| known)
     }
 
     fn value(self, attribute: &str) -> Option<&'a str> {

@@ -106,7 +106,7 @@ mod tests {
 
     fn section(audio: bool, stream: &str, id: &str) -> SectionView {
         let msid = Some((stream.to_owned(), id.to_owned()));
-        SectionView { mid: id.to_owned(), audio, sends: true, receives: false, msid }
+        SectionView { mid: id.to_owned(), audio, sends: true, receives: false, usable: true, msid }
     }
 
     fn described(source: TrackSource) -> StreamMetadata {

@@ -381,7 +381,9 @@ impl Session {
             }
         }
         // Every new one in which we may send gets a sender, perhaps for a track to come: the engine can't add it later.
-        for view in views.iter().filter(|view| view.receives && !self.known.contains(&view.mid)) {
+        // It would fail at a section with a sender and without a codec.
+        let is_new = |view: &&SectionView| view.receives && view.usable && !self.known.contains(&view.mid);
+        for view in views.iter().filter(is_new) {
             let fitting = unsent.iter().position(|local| local.spec.codec.is_audio() == view.audio);
             let local = fitting.map(|index| unsent.remove(index));
             let usual = if view.audio { Codec::Opus } else { Codec::Vp8 };
