@@ -25,10 +25,11 @@ use super::{
     own_foci::{OwnFoci, Verdict},
     paths::{OwnPlace, Path, Paths},
     peers::{Peer, PeerChange, PeerTrack, Peers},
-    placement::{FocusHealth, MeshReason, Place, Placement},
+    placement::{CallSize, FocusHealth, MeshReason, Place, Placement},
     report::{self, CallReport, MemberReport, Step, Timeline, TrackReport, stage},
     routing::{RouteOutput, Routing, Wanted},
     sealing::Sealing,
+    wishes::Wishes,
 };
 use crate::{
     key::{KeyIndex, MediaKey},
@@ -164,6 +165,8 @@ struct Local {
     muted: bool,
     /// The connections that were asked to carry it.
     on: BTreeSet<ConnectionId>,
+    /// What its connections ask of its encoder.
+    wishes: Wishes,
     /// Its publisher was told that it is live.
     told: bool,
 }
@@ -254,7 +257,13 @@ impl CallMachine {
             }
             Input::RotateKey => self.keys.handle(now, KeyInput::Rotate),
             Input::Publish { track, spec } => {
-                let local = Local { muted: spec.muted, spec, on: BTreeSet::new(), told: false };
+                let local = Local {
+                    muted: spec.muted,
+                    spec,
+                    on: BTreeSet::new(),
+                    wishes: Wishes::default(),
+                    told: false,
+                };
                 self.locals.insert(track, local);
                 self.publish_locals();
             }

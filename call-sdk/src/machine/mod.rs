@@ -28,6 +28,7 @@ mod simulation;
 mod stats;
 #[cfg(test)]
 pub(crate) mod testing;
+mod wishes;
 
 pub use call_machine::CallMachine;
 pub use clock::MemberClock;

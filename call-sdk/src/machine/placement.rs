@@ -42,6 +42,15 @@ pub(crate) enum Place {
     Mesh(MeshReason),
 }
 
+/// How large a call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CallSize {
+    /// Members, ourselves included.
+    pub(crate) members: usize,
+    /// Whether every other member can mesh. Those that cannot hear us on a focus only.
+    pub(crate) all_can_mesh: bool,
+}
+
 /// How our focus does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FocusHealth {
@@ -95,13 +104,13 @@ impl Placement {
     }
 
     /// Whether our focus is to be connected.
-    pub(crate) fn wants_focus(&self, members: usize) -> bool {
-        !matches!(self.place, None | Some(Place::Mesh(MeshReason::SmallCall))) || !self.is_small(members)
+    pub(crate) fn wants_focus(&self, size: CallSize) -> bool {
+        !matches!(self.place, None | Some(Place::Mesh(MeshReason::SmallCall))) || !self.is_small(size)
     }
 
-    /// Decides anew for a call of so many members, ourselves included. Returns when to ask again at the latest.
-    pub(crate) fn decide(&mut self, now: Instant, members: usize, focus: FocusHealth) -> Option<Instant> {
-        let (place, again) = self.target(now, members, focus);
+    /// Decides anew for a call of this size. Returns when to ask again at the latest.
+    pub(crate) fn decide(&mut self, now: Instant, size: CallSize, focus: FocusHealth) -> Option<Instant> {
+        let (place, again) = self.target(now, size, focus);
         self.place = place;
         again.filter(|at| *at > now)
     }
@@ -109,7 +118,7 @@ impl Placement {
     fn target(
         &mut self,
         now: Instant,
-        members: usize,
+        size: CallSize,
         focus: FocusHealth,
     ) -> (Option<Place>, Option<Instant>) {
         if self.policy == MeshPolicy::Never {
@@ -119,7 +128,7 @@ impl Placement {
             return (Some(Place::Mesh(MeshReason::NoFocus)), None);
         }
         let small = Some(Place::Mesh(MeshReason::SmallCall));
-        if self.is_small(members) {
+        if self.is_small(size) {
             if self.place != Some(Place::Focus) {
                 return (small, None);
             }
@@ -145,7 +154,7 @@ impl Placement {
             (None, FocusHealth::Granted | FocusHealth::Up { .. }) => (Some(Place::Focus), None),
             (Some(Place::Focus), FocusHealth::Down { since, .. }) => {
                 let until = since + LOST_PATIENCE;
-                match (members <= self.most, now >= until) {
+                match (size.members <= self.most, now >= until) {
                     (true, true) => (unreachable, None),
                     (true, false) => (Some(Place::Focus), Some(until)),
                     (false, _) => (Some(Place::Focus), small_for),
@@ -166,10 +175,12 @@ impl Placement {
     }
 
     /// A call on its focus has to be smaller than the limit to leave it, so that a call at the limit stays where it is.
-    fn is_small(&self, members: usize) -> bool {
+    fn is_small(&self, size: CallSize) -> bool {
         match self.policy {
-            MeshPolicy::SmallCalls { limit } if self.place == Some(Place::Focus) => members < limit,
-            MeshPolicy::SmallCalls { limit } => members <= limit,
+            MeshPolicy::SmallCalls { limit } => {
+                let limit = limit.saturating_sub(usize::from(self.place == Some(Place::Focus)));
+                size.all_can_mesh && size.members <= limit
+            }
             MeshPolicy::WithoutFocus | MeshPolicy::Never => false,
         }
     }
@@ -183,6 +194,10 @@ mod tests {
     const MESH_WITHOUT: Option<Place> = Some(Place::Mesh(MeshReason::FocusUnreachable));
     const SMALL: Option<Place> = Some(Place::Mesh(MeshReason::SmallCall));
 
+    fn of(members: usize) -> CallSize {
+        CallSize { members, all_can_mesh: true }
+    }
+
     fn seconds(n: u64) -> Duration {
         Duration::from_secs(n)
     }
@@ -191,19 +206,19 @@ mod tests {
     fn focus_is_used_while_it_works_and_the_mesh_while_it_is_away() {
         let now = Instant::now();
         let mut placement = Placement::new(MeshPolicy::WithoutFocus, 8);
-        assert_eq!(placement.decide(now, 3, FocusHealth::Granted), None);
+        assert_eq!(placement.decide(now, of(3), FocusHealth::Granted), None);
         assert_eq!(placement.place(), Some(Place::Focus));
         let down = FocusHealth::Down { since: now, failures: 1 };
-        assert_eq!(placement.decide(now, 3, down), Some(now + LOST_PATIENCE));
+        assert_eq!(placement.decide(now, of(3), down), Some(now + LOST_PATIENCE));
         assert_eq!(placement.place(), Some(Place::Focus), "a short interruption moves nobody");
-        placement.decide(now + seconds(3), 3, down);
+        placement.decide(now + seconds(3), of(3), down);
         assert_eq!(placement.place(), MESH_WITHOUT);
-        assert!(placement.wants_focus(3), "it is tried again");
+        assert!(placement.wants_focus(of(3)), "it is tried again");
         let back = now + seconds(10);
         let up = FocusHealth::Up { since: back };
-        assert_eq!(placement.decide(back, 3, up), Some(back + SETTLED_AFTER));
+        assert_eq!(placement.decide(back, of(3), up), Some(back + SETTLED_AFTER));
         assert_eq!(placement.place(), MESH_WITHOUT, "a focus that comes and goes moves nobody");
-        placement.decide(back + seconds(5), 3, up);
+        placement.decide(back + seconds(5), of(3), up);
         assert_eq!(placement.place(), Some(Place::Focus));
     }
 
@@ -211,8 +226,8 @@ mod tests {
     fn large_call_waits_for_its_focus() {
         let now = Instant::now();
         let mut placement = Placement::new(MeshPolicy::WithoutFocus, 8);
-        placement.decide(now, 9, FocusHealth::Granted);
-        placement.decide(now + seconds(60), 9, FocusHealth::Down { since: now, failures: 9 });
+        placement.decide(now, of(9), FocusHealth::Granted);
+        placement.decide(now + seconds(60), of(9), FocusHealth::Down { since: now, failures: 9 });
         assert_eq!(placement.place(), Some(Place::Focus));
     }
 
@@ -221,13 +236,13 @@ mod tests {
         let now = Instant::now();
         let mut placement = Placement::new(MeshPolicy::WithoutFocus, 8);
         let trying = FocusHealth::Down { since: now, failures: 1 };
-        assert_eq!(placement.decide(now, 1, trying), Some(now + FIRST_PATIENCE));
+        assert_eq!(placement.decide(now, of(1), trying), Some(now + FIRST_PATIENCE));
         assert_eq!(placement.place(), None);
-        placement.decide(now, 1, FocusHealth::Down { since: now, failures: 2 });
+        placement.decide(now, of(1), FocusHealth::Down { since: now, failures: 2 });
         assert_eq!(placement.place(), MESH_WITHOUT);
 
         let mut placement = Placement::new(MeshPolicy::WithoutFocus, 8);
-        placement.decide(now, 20, FocusHealth::None);
+        placement.decide(now, of(20), FocusHealth::None);
         assert_eq!(placement.place(), Some(Place::Mesh(MeshReason::NoFocus)), "there is nothing to wait for");
     }
 
@@ -235,29 +250,41 @@ mod tests {
     fn call_at_the_limit_does_not_flap() {
         let now = Instant::now();
         let mut placement = Placement::new(MeshPolicy::SmallCalls { limit: 4 }, 8);
-        placement.decide(now, 4, FocusHealth::Unused);
+        placement.decide(now, of(4), FocusHealth::Unused);
         assert_eq!(placement.place(), SMALL);
-        assert!(!placement.wants_focus(4));
-        assert!(placement.wants_focus(5), "the focus is connected before anybody moves");
-        placement.decide(now, 5, FocusHealth::Down { since: now, failures: 0 });
+        assert!(!placement.wants_focus(of(4)));
+        assert!(placement.wants_focus(of(5)), "the focus is connected before anybody moves");
+        placement.decide(now, of(5), FocusHealth::Down { since: now, failures: 0 });
         assert_eq!(placement.place(), SMALL);
-        placement.decide(now, 5, FocusHealth::Up { since: now });
+        placement.decide(now, of(5), FocusHealth::Up { since: now });
         assert_eq!(placement.place(), Some(Place::Focus));
         let up = FocusHealth::Up { since: now };
-        placement.decide(now + seconds(100), 4, up);
+        placement.decide(now + seconds(100), of(4), up);
         assert_eq!(placement.place(), Some(Place::Focus), "four is not smaller than the limit");
         let small = now + seconds(200);
-        assert_eq!(placement.decide(small, 3, up), Some(small + SMALL_FOR));
-        placement.decide(small + seconds(20), 4, up);
-        assert_eq!(placement.decide(small + seconds(31), 3, up), Some(small + seconds(61)));
-        placement.decide(small + seconds(61), 3, up);
+        assert_eq!(placement.decide(small, of(3), up), Some(small + SMALL_FOR));
+        placement.decide(small + seconds(20), of(4), up);
+        assert_eq!(placement.decide(small + seconds(31), of(3), up), Some(small + seconds(61)));
+        placement.decide(small + seconds(61), of(3), up);
         assert_eq!(placement.place(), SMALL);
+    }
+
+    #[test]
+    fn member_that_cannot_mesh_makes_a_small_call_use_the_focus() {
+        let now = Instant::now();
+        let mut placement = Placement::new(MeshPolicy::SmallCalls { limit: 4 }, 8);
+        placement.decide(now, of(2), FocusHealth::Unused);
+        assert_eq!(placement.place(), SMALL);
+        let size = CallSize { members: 3, all_can_mesh: false };
+        assert!(placement.wants_focus(size));
+        placement.decide(now, size, FocusHealth::Up { since: now });
+        assert_eq!(placement.place(), Some(Place::Focus));
     }
 
     #[test]
     fn application_can_forbid_the_mesh() {
         let mut placement = Placement::new(MeshPolicy::Never, 8);
-        placement.decide(Instant::now(), 1, FocusHealth::None);
+        placement.decide(Instant::now(), of(1), FocusHealth::None);
         assert_eq!(placement.place(), Some(Place::Focus));
         assert!(!placement.can_mesh());
     }

@@ -50,7 +50,11 @@ impl Connector for WithoutFoci {
         Err(ConnectFailure::new(ConnectFailureKind::NoFocus, "none is looked for"))
     }
 
-    async fn access(&self, port: &dyn MatrixPort, wanted: &AccessWanted) -> Result<SfuAccess, ConnectFailure> {
+    async fn access(
+        &self,
+        port: &dyn MatrixPort,
+        wanted: &AccessWanted,
+    ) -> Result<SfuAccess, ConnectFailure> {
         self.0.access(port, wanted).await
     }
 

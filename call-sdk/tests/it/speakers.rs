@@ -38,7 +38,12 @@ struct Heard {
 }
 
 impl Speaker {
-    pub(crate) async fn of(call: Call, events: CallEvents, session: Session, store: tempfile::TempDir) -> Self {
+    pub(crate) async fn of(
+        call: Call,
+        events: CallEvents,
+        session: Session,
+        store: tempfile::TempDir,
+    ) -> Self {
         Self::with_frames_every(FRAME_EVERY, call, events, session, store).await
     }
 

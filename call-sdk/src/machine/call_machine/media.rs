@@ -30,6 +30,7 @@ impl CallMachine {
         self.declined.retain(|(of, _)| *of != connection);
         self.rematch(now);
         for (track, local) in &mut self.locals {
+            local.wishes.forget(connection);
             if local.on.remove(&connection) {
                 self.outputs.push_back(Output::Unpublish { connection, track: *track });
             }
@@ -186,7 +187,7 @@ impl CallMachine {
             return;
         }
         let mut wanted = Vec::new();
-        let uses_focus = self.placement.wants_focus(self.peers.count() + 1) || self.focus.leaves_at.is_some();
+        let uses_focus = self.placement.wants_focus(self.call_size()) || self.focus.leaves_at.is_some();
         if let (Some(focus), Some(named_by)) = (self.foci.current(), self.foci.named_by())
             && uses_focus
         {
@@ -360,10 +361,17 @@ impl CallMachine {
                 }
             }
             TransportEvent::LayersWanted { track, layers } => {
-                self.tell(CallEvent::LayersWanted { track, layers })
+                if let Some(local) = self.locals.get_mut(&track) {
+                    let layers = local.wishes.layers_wanted(connection, layers);
+                    self.tell(CallEvent::LayersWanted { track, layers });
+                }
             }
             TransportEvent::TargetBitrate { track, bits_per_second } => {
-                self.tell(CallEvent::TargetBitrate { track, bits_per_second });
+                if let Some(local) = self.locals.get_mut(&track) {
+                    let is_layered = local.spec.layers.len() > 1;
+                    let bits_per_second = local.wishes.target(connection, bits_per_second, is_layered);
+                    self.tell(CallEvent::TargetBitrate { track, bits_per_second });
+                }
             }
             TransportEvent::StreamPaused { sid, paused } => {
                 if let Some(known) = self.peers.track(connection, &sid) {

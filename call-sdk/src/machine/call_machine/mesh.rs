@@ -6,6 +6,10 @@ use super::*;
 const FOCUS_LINGER: Duration = Duration::from_secs(20);
 /// How often a call without a focus looks for one.
 const DISCOVER_AGAIN: Duration = Duration::from_secs(60);
+/// How soon it looks for one after a member came that has one.
+const DISCOVER_SOON: Duration = Duration::from_secs(1);
+/// Members that we exchange media with directly, at most: each takes a peer connection and its own uplink.
+const MAX_PAIRS: usize = 32;
 
 /// How our focus does.
 #[derive(Debug, Default)]
@@ -52,21 +56,21 @@ impl CallMachine {
         if self.phase != Phase::Running || self.config.observe {
             return None;
         }
-        let members = self.peers.count() + 1;
-        let wanted = self.placement.wants_focus(members);
+        let size = self.call_size();
+        let wanted = self.placement.wants_focus(size);
         if !wanted {
             self.focus.down_since = None;
         }
         let health = self.focus_health(now.instant, wanted);
         let before = self.placement.place();
-        let mut again = self.placement.decide(now.instant, members, health);
+        let mut again = self.placement.decide(now.instant, size, health);
         let place = self.placement.place();
         if before != place
             && let Some(place) = place
         {
             self.moved(now, before, place);
         }
-        if self.placement.wants_focus(members) != wanted {
+        if self.placement.wants_focus(size) != wanted {
             self.want_connections(now);
         }
         if self.focus.leaves_at.is_some_and(|at| at <= now.instant) {
@@ -84,6 +88,13 @@ impl CallMachine {
             again = Some(again.map_or(at, |again| again.min(at)));
         }
         again
+    }
+
+    pub(super) fn call_size(&self) -> CallSize {
+        let can_mesh = |peer: &Peer| {
+            peer.member.device_id.is_some() && peer.member.transports.iter().any(|way| way.mesh().is_some())
+        };
+        CallSize { members: self.peers.count() + 1, all_can_mesh: self.peers.iter().all(can_mesh) }
     }
 
     fn focus_health(&mut self, now: Instant, wanted: bool) -> FocusHealth {
@@ -123,8 +134,9 @@ impl CallMachine {
                 self.tell(CallEvent::MeshBegan(reason));
             }
         }
-        let transports = self.own_transports();
-        self.own.handle(now, own::Input::SetTransports(transports));
+        if let Some(description) = self.describe() {
+            self.own.handle(now, own::Input::SetDescription(description));
+        }
         if place == Place::Focus && self.config.delegate_leave && self.routing.ours().is_some() {
             self.own.handle(now, own::Input::OfferDelegation);
         }
@@ -188,8 +200,16 @@ impl CallMachine {
         }
         let transports = self.own_transports();
         let us = OwnPlace { has_focus: transports.focus.is_some(), can_mesh: transports.mesh.is_some() };
-        if self.paths.update(now.instant, &us, &self.peers.members()) {
-            self.paths_changed(now);
+        let members = self.peers.members();
+        if !self.paths.update(now.instant, &us, &members) {
+            return;
+        }
+        self.paths_changed(now);
+        // A member has a focus, and we know none: perhaps it would have us.
+        let has_focus =
+            members.iter().any(|member| member.transports.iter().any(|way| way.livekit().is_some()));
+        if has_focus && self.placement.place() == Some(Place::Mesh(MeshReason::NoFocus)) {
+            self.discover_again = Some(now.instant + DISCOVER_SOON);
         }
     }
 
@@ -206,6 +226,9 @@ impl CallMachine {
         for peer in self.peers.iter() {
             let member = peer.member.key();
             match (self.paths.mesh(&member), peer.member.device()) {
+                (Some(_), Some(_)) if peers.len() >= MAX_PAIRS => {
+                    tracing::warn!(%member.user_id, "the mesh has too many members; this one is left out");
+                }
                 (Some(session), Some(device)) => {
                     peers.push(MeshPeer { member, device, session: session.clone() });
                 }
