@@ -1,5 +1,6 @@
 //! A call does what the room says, on virtual time: who is in it, whose key opens what, when keys change, how it ends.
 
+mod mesh;
 mod script;
 
 use std::{
