@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -21,6 +24,8 @@ pub(super) struct TrackReceiver {
     begin: Instant,
     sealing: Arc<Sealing>,
     events: EventSender,
+    /// Whether the application wants the track.
+    wanted: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -41,6 +46,7 @@ impl TrackReceiver {
             begin,
             sealing,
             events,
+            wanted: AtomicBool::new(true),
             inner: Mutex::new(Inner {
                 route: Some(route),
                 decryptor: None,
@@ -58,6 +64,11 @@ impl TrackReceiver {
         if inner.route.is_some() {
             inner.route = Some(route);
         }
+    }
+
+    /// Frames that the application does not want are dropped.
+    pub(super) fn set_wanted(&self, wanted: bool) {
+        self.wanted.store(wanted, Ordering::Relaxed);
     }
 
     /// No frame follows.
@@ -118,6 +129,9 @@ enum Outcome {
 
 impl FrameReceiver for TrackReceiver {
     fn receive(&self, frame: ReceivedFrame<'_>) {
+        if !self.wanted.load(Ordering::Relaxed) {
+            return;
+        }
         let mut inner = self.lock();
         let at = frame.now.saturating_duration_since(self.begin);
         let is_moving = inner.route.as_ref().is_some_and(|route| route.choice.is_moving());
@@ -145,7 +159,7 @@ impl FrameReceiver for TrackReceiver {
                 }
             }
             // It came by the other path before.
-            Outcome::Refused(OpenError::Replayed(_)) if is_moving => {}
+            Outcome::Refused(OpenError::Replayed(_)) if is_moving => route.choice.arrived(route.path),
             Outcome::Refused(reason) => {
                 if route.counters.refused(reason) {
                     let event = CallEvent::Undecryptable {

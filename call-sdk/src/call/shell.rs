@@ -116,7 +116,12 @@ pub(super) struct Shell {
 /// Both ends of a channel.
 type Channel<T> = (mpsc::Sender<T>, mpsc::Receiver<T>);
 
-type Outcome = (crate::machine::RequestId, Device, Delivery);
+/// What became of a batch of to-device messages, in order.
+enum Outcome {
+    Delivered(crate::machine::RequestId, Device, Delivery),
+    /// Nothing follows.
+    Done(crate::machine::RequestId),
+}
 
 struct Local {
     outgoing: Arc<Outgoing>,
@@ -162,9 +167,12 @@ impl Shell {
                 Some((connection, event)) = self.transport_events.1.recv() => {
                     self.input(Input::Transport { connection, event });
                 }
-                Some((id, device, result)) = self.outcomes.1.recv() => {
-                    self.input(Input::Delivered { id, device, result });
-                }
+                Some(outcome) = self.outcomes.1.recv() => match outcome {
+                    Outcome::Delivered(id, device, result) => {
+                        self.input(Input::Delivered { id, device, result });
+                    }
+                    Outcome::Done(id) => self.input(Input::BatchDone(id)),
+                },
                 Some(done) = self.work.join_next(), if !self.work.is_empty() => match done {
                     Ok(done) => self.done(done),
                     Err(error) if error.is_cancelled() => {}
@@ -234,13 +242,15 @@ impl Shell {
                     let (outcomes, mut of_batch) = mpsc::channel(64);
                     let forward = async {
                         while let Some((device, result)) = of_batch.recv().await {
-                            if to.send((id, device, result)).await.is_err() {
+                            if to.send(Outcome::Delivered(id, device, result)).await.is_err() {
                                 return;
                             }
                         }
                     };
                     tokio::join!(port.send_to_device(batch, outcomes), forward);
-                    Done::Input(Input::BatchDone(id))
+                    // By the same way as the outcomes, so that it comes after them.
+                    drop(to.send(Outcome::Done(id)).await);
+                    Done::Nothing
                 });
             }
             Output::Discover { support, members } => {
@@ -352,6 +362,12 @@ impl Shell {
                 }
             }
             Output::Subscribe { connection, sid, subscription } => {
+                // A mesh peer sends what it sends: what is not wanted ends here.
+                if connection.is_mesh()
+                    && let Some(receiver) = self.receivers.get(&(connection, sid.clone()))
+                {
+                    receiver.set_wanted(subscription.enabled && !subscription.paused);
+                }
                 if let Some(transport) = self.connections.get(&connection) {
                     transport.subscribe(&sid, subscription);
                 }
@@ -437,7 +453,9 @@ impl Shell {
                 self.input(Input::Connected { connection, result });
             }
             Done::Published(connection, track, result) => {
+                let is_open = self.connections.contains_key(&connection);
                 let result = match (result, self.locals.get(&track)) {
+                    (Ok(_), Some(_)) if !is_open => Err(PublishFailure::Closed),
                     (Ok(outlet), Some(local)) => {
                         local.outgoing.add_outlet(connection, outlet);
                         Ok(())

@@ -117,6 +117,8 @@ pub struct CallMachine {
     /// Mesh connections that take tracks, and those that carry media.
     open_pairs: BTreeSet<ConnectionId>,
     connected_pairs: BTreeSet<ConnectionId>,
+    /// Those that are too narrow for our video.
+    short_pairs: BTreeSet<ConnectionId>,
     /// Tracks that come by another path and that the SFU was told not to send.
     declined: BTreeSet<(ConnectionId, TrackSid)>,
     notify: Notify,
@@ -230,6 +232,7 @@ impl CallMachine {
             next_mesh_route: ConnectionId::FIRST_MESH_ROUTE,
             open_pairs: BTreeSet::new(),
             connected_pairs: BTreeSet::new(),
+            short_pairs: BTreeSet::new(),
             declined: BTreeSet::new(),
             notify: Notify::new(config.device.user_id.clone()),
             own_event_id: None,
@@ -479,6 +482,7 @@ impl CallMachine {
                 self.keys.handle(now, KeyInput::ToDevice(&event));
             }
             MatrixUpdate::TrustChanged { user_id } => {
+                self.mesh_trust_changed(now, &user_id);
                 self.keys.handle(now, KeyInput::TrustChanged { user_id });
             }
             MatrixUpdate::Event(event) => {

@@ -19,6 +19,8 @@ pub struct PathChoice {
     paths: AtomicU32,
     /// The path whose frames count, numbered from 1; 0: none yet.
     present: AtomicU32,
+    /// The paths that carried a frame, whoever was first with it: bit n for path n.
+    arrived: AtomicU64,
     /// When it last delivered, in ms since the call began.
     delivered: AtomicU64,
 }
@@ -45,15 +47,21 @@ impl PathChoice {
         at.saturating_sub(delivered) >= SILENT || (path > present && can_start)
     }
 
+    /// A frame came by `path`, even if another path was faster.
+    pub(crate) fn arrived(&self, path: u32) {
+        self.arrived.fetch_or(1 << (path % 64), Ordering::Relaxed);
+    }
+
     /// A frame of `path` was delivered.
     pub(crate) fn delivered(&self, path: u32, at: Duration) {
+        self.arrived(path);
         self.present.store(path, Ordering::Relaxed);
         self.delivered.store(u64::try_from(at.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// Whether frames of `path` are those that count now.
-    pub(super) fn is_present(&self, path: u32) -> bool {
-        self.present.load(Ordering::Relaxed) == path
+    /// Whether `path` carries frames.
+    pub(super) fn carries(&self, path: u32) -> bool {
+        self.arrived.load(Ordering::Relaxed) & (1 << (path % 64)) != 0
     }
 
     /// `path` has ended: the next frame of any other counts.

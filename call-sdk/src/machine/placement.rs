@@ -145,7 +145,9 @@ impl Placement {
         match (self.place, focus) {
             (None, FocusHealth::Down { since, failures }) => {
                 let until = since + FIRST_PATIENCE;
-                if failures >= MOST_FAILURES || now >= until {
+                if size.members > self.most {
+                    (None, None)
+                } else if failures >= MOST_FAILURES || now >= until {
                     (unreachable, None)
                 } else {
                     (None, Some(until))

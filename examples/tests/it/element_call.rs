@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use antiphon_call_sdk::{CallEvent, CallOptions, TrustPolicy};
+use antiphon_call_sdk::{CallEvent, CallOptions, MeshPolicy, TrustPolicy};
 use antiphon_focus::{Config, Focus};
 use antiphon_testkit::peers::{
     self, Peer,
@@ -18,6 +18,16 @@ const LIMIT: Duration = Duration::from_secs(40);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_decodes_the_other_and_its_end_is_seen() {
+    each_decodes_the_other(CallOptions::default()).await;
+}
+
+/// Element Call does not know the mesh: our member, whose small calls do without a focus, has to move to one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn member_in_a_mesh_moves_to_the_focus_for_element_call() {
+    each_decodes_the_other(CallOptions::default().with_mesh(MeshPolicy::SmallCalls { limit: 4 })).await;
+}
+
+async fn each_decodes_the_other(options: CallOptions) {
     peers::require!(Peer::Synapse, Peer::Npm, Peer::Chromium, Peer::LoopbackOnly);
     let _turn = turn().await;
     let focus = Focus::start(Config::dev_ephemeral()).await.unwrap();
@@ -31,9 +41,12 @@ async fn each_decodes_the_other_and_its_end_is_seen() {
     session.enter_room(room_id.into()).await.unwrap();
 
     // Element Call on its own does not cross-sign its device.
-    let options = CallOptions::default().with_trust(TrustPolicy::AnyDevice);
+    let options = options.with_trust(TrustPolicy::AnyDevice);
     let (call, mut events) = session.join_call(room_id, options).await.unwrap();
     assert!(call.is_encrypted());
+    let state = format!("{}/_matrix/client/v3/rooms/{room}/state", synapse.url());
+    let state = reqwest::Client::new().get(state).bearer_auth(&alice.access_token).send().await.unwrap();
+    assert!(state.text().await.unwrap().contains("dev.antiphon.mesh"), "our membership lists the mesh");
     let playing = play_into(&call, "alice").await;
 
     let browser = Browser::start().await.unwrap();

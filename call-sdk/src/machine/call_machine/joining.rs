@@ -136,7 +136,7 @@ impl CallMachine {
                 self.config.mode = MembershipMode::Compatibility;
                 self.member_id = None;
                 self.take_identity(now);
-                self.routing.reopen_all(now.instant);
+                self.reopen_foci(now);
                 if let Some(description) = self.describe() {
                     self.own.handle(now, own::Input::SetDescription(description));
                 }
@@ -144,8 +144,9 @@ impl CallMachine {
             own::Event::MemberIdChanged(member_id) => {
                 self.member_id = Some(member_id);
                 self.take_identity(now);
-                // Tokens are for the identity of before.
-                self.routing.reopen_all(now.instant);
+                let session = self.own_transports().mesh;
+                self.own.handle(now, own::Input::SetMeshSession(session));
+                self.reopen_foci(now);
             }
             own::Event::Ended(reason) => self.leave(now, EndReason::Membership(reason)),
         }
@@ -157,11 +158,12 @@ impl CallMachine {
         result: Result<Vec<(LiveKitFocus, NamedBy)>, ConnectFailure>,
     ) {
         match result {
-            Ok(foci) if self.discovered => {
-                self.focus = FocusState::default();
+            // A focus that is in use stays in use.
+            Ok(foci) if self.discovered && self.foci.current().is_none() => {
                 self.foci.set(foci);
                 self.want_connections(now);
             }
+            Ok(_) if self.discovered => {}
             Ok(foci) => {
                 self.timeline.add(now.instant, Step::Discovered { foci: foci.len() });
                 self.discovered = true;
@@ -374,6 +376,12 @@ impl CallMachine {
         if let Some(description) = self.describe() {
             self.own.handle(now, own::Input::SetDescription(description));
         }
+    }
+
+    /// Opens every focus anew: tokens are for the identity of before.
+    fn reopen_foci(&mut self, now: Now) {
+        self.focus.down(now.instant, 0);
+        self.routing.reopen_all(now.instant);
     }
 
     /// Writes that our slot is open, for the room as it is now.

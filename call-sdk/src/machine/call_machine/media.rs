@@ -35,8 +35,27 @@ impl CallMachine {
                 self.outputs.push_back(Output::Unpublish { connection, track: *track });
             }
         }
+        self.tell_wishes();
         self.outputs.push_back(Output::Close { connection });
         self.refresh_status();
+    }
+
+    /// Tells the encoders what their connections ask of them, if it is new.
+    fn tell_wishes(&mut self) {
+        let mut events = Vec::new();
+        for (track, local) in &mut self.locals {
+            let track = *track;
+            let is_layered = local.spec.layers.len() > 1;
+            if let Some(bits_per_second) = local.wishes.new_target(is_layered, &self.short_pairs) {
+                events.push(CallEvent::TargetBitrate { track, bits_per_second });
+            }
+            if let Some(layers) = local.wishes.new_layers(&local.on) {
+                events.push(CallEvent::LayersWanted { track, layers });
+            }
+        }
+        for event in events {
+            self.tell(event);
+        }
     }
 
     pub(super) fn own_focus_failed(&mut self, now: Now, failure: &ConnectFailure, failures: u32) {
@@ -45,6 +64,7 @@ impl CallMachine {
             Verdict::Stay => {}
             Verdict::Moved => {
                 self.own_grant = None;
+                self.focus.another();
                 self.want_connections(now);
                 if let Some(focus) = self.foci.current().cloned() {
                     let transports = self.own_transports();
@@ -138,9 +158,10 @@ impl CallMachine {
         message: crate::transport::UserData,
     ) {
         let is_meant = |key: &MemberKey| to.is_empty() || to.contains(key);
-        let by_mesh = |key: &MemberKey| matches!(self.paths.now(key), Path::Mesh(_));
+        // A member that moves is told by both paths.
+        let by_focus = |key: &MemberKey| self.paths.of(key).any(|path| matches!(path, Path::Focus(_)));
         for connection in self.open_pairs.iter().copied() {
-            if self.mesh_member(connection).is_some_and(|key| is_meant(key) && by_mesh(key)) {
+            if self.mesh_member(connection).is_some_and(is_meant) {
                 let (destinations, message) = (Vec::new(), message.clone());
                 self.outputs.push_back(Output::SendData { connection, reliability, destinations, message });
             }
@@ -150,7 +171,7 @@ impl CallMachine {
         let listeners: Vec<_> = self
             .peers
             .iter()
-            .filter(|peer| is_meant(&peer.member.key()) && !by_mesh(&peer.member.key()))
+            .filter(|peer| is_meant(&peer.member.key()) && by_focus(&peer.member.key()))
             .collect();
         if listeners.is_empty() {
             return;
@@ -362,15 +383,14 @@ impl CallMachine {
             }
             TransportEvent::LayersWanted { track, layers } => {
                 if let Some(local) = self.locals.get_mut(&track) {
-                    let layers = local.wishes.layers_wanted(connection, layers);
-                    self.tell(CallEvent::LayersWanted { track, layers });
+                    local.wishes.wants(connection, layers);
+                    self.tell_wishes();
                 }
             }
             TransportEvent::TargetBitrate { track, bits_per_second } => {
                 if let Some(local) = self.locals.get_mut(&track) {
-                    let is_layered = local.spec.layers.len() > 1;
-                    let bits_per_second = local.wishes.target(connection, bits_per_second, is_layered);
-                    self.tell(CallEvent::TargetBitrate { track, bits_per_second });
+                    local.wishes.carries(connection, bits_per_second);
+                    self.tell_wishes();
                 }
             }
             TransportEvent::StreamPaused { sid, paused } => {
@@ -408,15 +428,16 @@ impl CallMachine {
                 self.data(connection, &identity, reliability, body);
             }
             TransportEvent::UplinkShort { bits_per_second, needed } => {
+                self.short_pairs.insert(connection);
+                self.tell_wishes();
                 if let Some(member) = self.mesh_member(connection).and_then(|key| self.peers.get(key)) {
                     let member = member.member.clone();
                     self.tell(CallEvent::MeshTooLarge { member, bits_per_second, needed });
                 }
             }
             TransportEvent::UplinkEnough => {
-                if let Some(member) = self.mesh_member(connection).and_then(|key| self.peers.get(key)) {
-                    let member = member.member.clone();
-                    self.tell(CallEvent::MeshFits(member));
+                if let Some(member) = self.mesh_member(connection).cloned() {
+                    self.uplink_enough(connection, &member);
                 }
             }
             TransportEvent::Negotiated(_) => {}

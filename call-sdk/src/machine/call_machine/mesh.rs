@@ -10,6 +10,8 @@ const DISCOVER_AGAIN: Duration = Duration::from_secs(60);
 const DISCOVER_SOON: Duration = Duration::from_secs(1);
 /// Members that we exchange media with directly, at most: each takes a peer connection and its own uplink.
 const MAX_PAIRS: usize = 32;
+/// Of one user, so that nobody takes the others' places.
+const MAX_DEVICES: usize = 4;
 
 /// How our focus does.
 #[derive(Debug, Default)]
@@ -43,6 +45,12 @@ impl FocusState {
         self.down(now, 0);
     }
 
+    /// Another focus is tried: what the one before did does not count against it.
+    pub(super) fn another(&mut self) {
+        self.failures = 0;
+        self.blocked = false;
+    }
+
     pub(super) fn down(&mut self, now: Instant, failures: u32) {
         self.up_since = None;
         self.down_since.get_or_insert(now);
@@ -58,8 +66,8 @@ impl CallMachine {
         }
         let size = self.call_size();
         let wanted = self.placement.wants_focus(size);
-        if !wanted {
-            self.focus.down_since = None;
+        if !wanted && self.focus.leaves_at.is_none() {
+            self.focus = FocusState::default();
         }
         let health = self.focus_health(now.instant, wanted);
         let before = self.placement.place();
@@ -118,6 +126,7 @@ impl CallMachine {
         self.focus.leaves_at = None;
         match place {
             Place::Focus => {
+                self.discover_again = None;
                 if let (Some(Place::Mesh(_)), Some(focus)) = (before, self.foci.current().cloned()) {
                     self.timeline.add(now.instant, Step::Moved { to: "focus" });
                     self.tell(CallEvent::MeshEnded(focus));
@@ -223,13 +232,21 @@ impl CallMachine {
         let Some(signalling) = &mut self.signalling else { return };
         let mut peers = Vec::new();
         let mut moved = Vec::new();
-        for peer in self.peers.iter() {
+        // Whoever was there first keeps its place.
+        let mut members: Vec<&Peer> = self.peers.iter().collect();
+        members.sort_by_key(|peer| peer.member.created);
+        let mut devices_of: BTreeMap<&OwnedUserId, usize> = BTreeMap::new();
+        for peer in members {
             let member = peer.member.key();
             match (self.paths.mesh(&member), peer.member.device()) {
-                (Some(_), Some(_)) if peers.len() >= MAX_PAIRS => {
-                    tracing::warn!(%member.user_id, "the mesh has too many members; this one is left out");
+                (Some(_), Some(_))
+                    if peers.len() >= MAX_PAIRS
+                        || devices_of.get(&peer.member.user_id).is_some_and(|n| *n >= MAX_DEVICES) =>
+                {
+                    tracing::warn!(user_id = %member.user_id, "the mesh has too many members; this one is left out");
                 }
                 (Some(session), Some(device)) => {
+                    *devices_of.entry(&peer.member.user_id).or_default() += 1;
                     peers.push(MeshPeer { member, device, session: session.clone() });
                 }
                 _ => moved.push(member),
@@ -265,7 +282,8 @@ impl CallMachine {
                 SignallingOutput::Negotiate { connection, command } => {
                     self.outputs.push_back(Output::Negotiate { connection, command });
                 }
-                SignallingOutput::Close { connection } => {
+                SignallingOutput::Close { connection, member } => {
+                    self.uplink_enough(connection, &member);
                     self.open_pairs.remove(&connection);
                     self.connected_pairs.remove(&connection);
                     self.connection_closed(now, connection);
@@ -289,6 +307,16 @@ impl CallMachine {
                     }
                 }
             }
+        }
+    }
+
+    /// Our video flows to a member again, or its connection is over.
+    pub(super) fn uplink_enough(&mut self, connection: ConnectionId, member: &MemberKey) {
+        if self.short_pairs.remove(&connection)
+            && let Some(peer) = self.peers.get(member)
+        {
+            let member = peer.member.clone();
+            self.tell(CallEvent::MeshFits(member));
         }
     }
 
@@ -333,6 +361,10 @@ impl CallMachine {
         );
     }
 
+    pub(super) fn mesh_trust_changed(&mut self, now: Now, user_id: &ruma_common::UserId) {
+        signalling_input(&mut self.signalling, now, SignallingInput::TrustChanged(user_id));
+    }
+
     pub(super) fn mesh_sent(&mut self, now: Now, id: MessageId, result: Delivery) {
         signalling_input(&mut self.signalling, now, SignallingInput::Sent { id, result });
     }
@@ -340,6 +372,14 @@ impl CallMachine {
     /// The member behind a current mesh connection.
     pub(super) fn mesh_member(&self, connection: ConnectionId) -> Option<&MemberKey> {
         self.signalling.as_ref()?.member_of(connection)
+    }
+
+    /// Whether we are the caller of the pair with a member.
+    fn calls(&self, member: &MemberKey) -> bool {
+        let (Some(ours), Some(theirs)) = (&self.mesh_session, self.paths.mesh(member)) else { return true };
+        let Device { user_id, device_id } = &self.config.device;
+        let us = (user_id.as_str(), Some(device_id.as_str()), ours);
+        us > (member.user_id.as_str(), member.device_id.as_ref().map(|id| id.as_str()), theirs)
     }
 
     /// Members whose media arrives by their new path need the old one only a little longer.
@@ -351,7 +391,7 @@ impl CallMachine {
                 Path::Focus(focus) => self.routing.goes_to(connection, focus),
                 Path::None => false,
             };
-            let is_heard = |track: &PeerTrack| track.from.track.muted || track.choice.is_present(track.path);
+            let is_heard = |track: &PeerTrack| track.from.track.muted || track.choice.carries(track.path);
             let mut heard = BTreeSet::new();
             let mut all = BTreeSet::new();
             for ((connection, _), track) in &peer.tracks {
@@ -366,7 +406,9 @@ impl CallMachine {
                     .connected_pairs
                     .iter()
                     .any(|connection| self.mesh_member(*connection) == Some(member));
-            (is_up && heard == all).then(|| member.clone())
+            // The caller of a pair hangs up, so that both sides have come to the focus before.
+            let may_end = is_mesh || self.calls(member);
+            (is_up && may_end && heard == all).then(|| member.clone())
         };
         let settled: Vec<_> = self.paths.unsettled().filter_map(arrives).collect();
         for member in settled {

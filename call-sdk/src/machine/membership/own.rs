@@ -152,6 +152,11 @@ impl OwnMembership {
             Input::Redacted { by } => self.end_if_in_call(now, EndReason::Removed { by }, LeaveCode::Leave),
             Input::SetDescription(own) => self.describe(now, own),
             Input::SetTransports(transports) => self.move_to(transports),
+            Input::SetMeshSession(session) => {
+                if let Some(own) = self.wanted_mut() {
+                    own.transports.mesh = session;
+                }
+            }
             Input::SetIntent(intent) => {
                 if let Some(own) = self.wanted_mut() {
                     own.intent = intent;

@@ -212,6 +212,8 @@ fn member(candidate: &Candidate, created: UnixMillis, oldest: Option<&LiveKitFoc
     let foci = match &membership.route {
         Route::Own(foci) => foci.as_slice(),
         // The oldest member itself names its own focus, and that is `oldest`.
+        // Without a focus of its own it is in the mesh, if it is there.
+        Route::OldestMember(own) if own.is_empty() && membership.mesh.is_some() => &[],
         Route::OldestMember(_) => oldest.map(std::slice::from_ref).unwrap_or_default(),
         Route::Unknown => &[],
     };

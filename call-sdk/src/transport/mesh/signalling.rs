@@ -13,7 +13,7 @@ use std::{
 };
 
 use rand::{Rng as _, distr::Alphanumeric, rngs::StdRng};
-use ruma_common::OwnedRoomId;
+use ruma_common::{OwnedRoomId, UserId};
 use serde_json::Value;
 
 use self::{pair::Pair, parked::Parked};
@@ -95,6 +95,8 @@ pub(crate) enum SignallingInput<'a> {
         /// What.
         event: Negotiated,
     },
+    /// Devices of this user that we refused may be trusted now.
+    TrustChanged(&'a UserId),
     /// We leave the call: every pair is hung up.
     Leave,
 }
@@ -131,6 +133,8 @@ pub(crate) enum SignallingOutput {
     Close {
         /// Which.
         connection: ConnectionId,
+        /// Whose.
+        member: MemberKey,
     },
     /// Media flows between us and a member.
     Connected {
@@ -201,7 +205,8 @@ impl Signalling {
             }
             SignallingInput::Sent { id, result } => {
                 // A repeated message has a new name; outcomes of the old one don't matter any more.
-                let _ = self.pairs.values_mut().any(|pair| pair.sent(now, id, &result));
+                let desk = &mut self.desk;
+                let _ = self.pairs.values_mut().any(|pair| pair.sent(now, desk, id, &result));
             }
             SignallingInput::Opened { connection, result } => {
                 let pair = self.pairs.values_mut().find(|pair| pair.connection() == Some(connection));
@@ -214,6 +219,10 @@ impl Signalling {
                 if let Some(pair) = pair {
                     pair.negotiated(now, &mut self.desk, event);
                 }
+            }
+            SignallingInput::TrustChanged(user_id) => {
+                let theirs = self.pairs.values_mut().filter(|pair| pair.peer().device.user_id == user_id);
+                theirs.for_each(|pair| pair.trust_changed(now));
             }
             SignallingInput::Leave => {
                 for pair in std::mem::take(&mut self.pairs).into_values() {
@@ -325,6 +334,7 @@ impl fmt::Debug for SignallingInput<'_> {
             Self::Negotiated { connection, event } => {
                 f.debug_struct("Negotiated").field("connection", connection).field("event", event).finish()
             }
+            Self::TrustChanged(user_id) => f.debug_tuple("TrustChanged").field(user_id).finish(),
             Self::Leave => f.write_str("Leave"),
         }
     }
@@ -345,7 +355,7 @@ impl fmt::Debug for SignallingOutput {
             Self::Negotiate { connection, command } => {
                 f.debug_struct("Negotiate").field("connection", connection).field("command", command).finish()
             }
-            Self::Close { connection } => f.debug_struct("Close").field("connection", connection).finish(),
+            Self::Close { connection, .. } => f.debug_struct("Close").field("connection", connection).finish(),
             Self::Connected { connection, member } => {
                 f.debug_struct("Connected").field("connection", connection).field("member", member).finish()
             }

@@ -12,6 +12,7 @@ use crate::{
     matrix::{DelayId, MatrixReply, MatrixRequest, RequestError, ServerSupport},
     member::{MemberId, MembershipForm},
     time::UnixMillis,
+    transport::MeshSession,
 };
 
 /// Names a request until its reply.
@@ -40,6 +41,8 @@ pub(crate) enum Input {
     /// Our media moved. Published with the same creation time; a delegation to the service of another deployment is
     /// undone, and [`Input::OfferDelegation`] starts one with the new focus. Ignored outside a call.
     SetTransports(OwnTransports),
+    /// Our session in the mesh is another one. Ignored outside a call.
+    SetMeshSession(Option<MeshSession>),
     /// The application changes its intent. Ignored outside a call.
     SetIntent(Option<String>),
     /// A sync was processed: what the room shows of us. To be given after every sync, not while syncing fails.

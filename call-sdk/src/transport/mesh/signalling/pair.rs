@@ -31,6 +31,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const RACE: Duration = Duration::from_secs(20);
 /// A connection that lasted this long starts counting failures anew.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
+/// Invites of the other side are taken at most this often.
+const INVITE_EVERY: Duration = Duration::from_millis(500);
+/// When a device that we refuse is tried again, unless trust changes before.
+const REFUSED_WAIT: Duration = Duration::from_secs(300);
 /// Calls that are over and remembered, so that their late messages are ignored.
 const MAX_ENDED: usize = 8;
 /// Messages that wait for the invite of their call.
@@ -54,6 +58,10 @@ pub(super) struct Pair {
     ended: VecDeque<CallId>,
     /// The highest number among the invites of the other side that were taken.
     latest_invite: Option<u64>,
+    /// When the latest one was taken.
+    last_invited: Option<Instant>,
+    /// Whether our policy, or the owner of the device, keeps us from sending to it.
+    refused: bool,
 }
 
 impl Pair {
@@ -76,6 +84,8 @@ impl Pair {
             early: Parked::new(MAX_EARLY),
             ended: VecDeque::new(),
             latest_invite: None,
+            last_invited: None,
+            refused: false,
         }
     }
 
@@ -134,8 +144,26 @@ impl Pair {
     }
 
     /// Takes the outcome of a message; whether it was one of these.
-    pub(super) fn sent(&mut self, now: Instant, id: MessageId, result: &Delivery) -> bool {
-        self.outbox.sent(now, id, result)
+    pub(super) fn sent(&mut self, now: Instant, desk: &mut Desk, id: MessageId, result: &Delivery) -> bool {
+        if !self.outbox.sent(now, id, result) {
+            return false;
+        }
+        if let Err(failure) = result
+            && failure.is_policy()
+        {
+            self.fail(now, desk, None, failure.to_string());
+            self.outbox = Outbox::default();
+            self.refused = true;
+            self.call_at = now + REFUSED_WAIT;
+        }
+        true
+    }
+
+    /// The other side's device may be trusted now.
+    pub(super) fn trust_changed(&mut self, now: Instant) {
+        if std::mem::take(&mut self.refused) {
+            self.call_at = if self.we_call { now } else { now + PATIENCE };
+        }
     }
 
     /// Does what is due.
@@ -172,7 +200,8 @@ impl Pair {
     /// Ends the pair. `reason` is told to the other side if it knows of the call.
     pub(super) fn close(mut self, desk: &mut Desk, reason: Option<Reason>) {
         let Some(attempt) = self.attempt.take() else { return };
-        desk.outputs.push_back(SignallingOutput::Close { connection: attempt.connection() });
+        let member = self.peer.member.clone();
+        desk.outputs.push_back(SignallingOutput::Close { connection: attempt.connection(), member });
         if let Some(reason) = reason.filter(|_| attempt.is_known()) {
             let (event_type, content) = hangup(desk, &self.peer, &attempt, reason);
             let id = desk.message_id();
@@ -223,6 +252,11 @@ impl Pair {
                 return;
             }
         }
+        // Each invite costs a connection. The one that is ignored here comes again.
+        if self.last_invited.is_some_and(|at| now < at + INVITE_EVERY) {
+            return;
+        }
+        self.last_invited = Some(now);
         self.latest_invite = number.or(self.latest_invite);
         // The other side has given the present call up, or does so when our invite arrives.
         self.end_call(desk, None);
@@ -245,7 +279,8 @@ impl Pair {
     /// Ends the present call and sends `reason` if the other side knows of it.
     fn end_call(&mut self, desk: &mut Desk, reason: Option<Reason>) -> Option<Attempt> {
         let attempt = self.attempt.take()?;
-        desk.outputs.push_back(SignallingOutput::Close { connection: attempt.connection() });
+        let member = self.peer.member.clone();
+        desk.outputs.push_back(SignallingOutput::Close { connection: attempt.connection(), member });
         self.remember_end(attempt.call().clone());
         self.outbox.end();
         if let Some(reason) = reason.filter(|_| attempt.is_known()) {

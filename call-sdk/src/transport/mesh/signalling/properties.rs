@@ -155,7 +155,7 @@ impl Bench {
                     assert!(self.connection.is_none(), "two connections to one member");
                     self.connection = Some(connection);
                 }
-                SignallingOutput::Close { connection } => {
+                SignallingOutput::Close { connection, .. } => {
                     assert_eq!(self.connection, Some(connection), "another connection is closed");
                     self.connection = None;
                 }

@@ -395,7 +395,7 @@ impl World {
                 self.plan(wait, Happening::Opened { at, connection });
             }
             SignallingOutput::Negotiate { connection, command } => self.command(at, connection, command),
-            SignallingOutput::Close { connection } => {
+            SignallingOutput::Close { connection, .. } => {
                 let engine = self.nodes[number].engines.remove(&connection).expect("an open connection");
                 self.path_lost(number, &engine);
             }

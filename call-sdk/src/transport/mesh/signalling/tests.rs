@@ -107,7 +107,7 @@ impl Bench {
                 }
                 SignallingOutput::Open { connection, .. } => said.opened.push(connection),
                 SignallingOutput::Negotiate { command, .. } => said.commands.push(command),
-                SignallingOutput::Close { connection } => said.closed.push(connection),
+                SignallingOutput::Close { connection, .. } => said.closed.push(connection),
                 SignallingOutput::Connected { .. } => said.connected += 1,
                 SignallingOutput::Failed { reason, .. } => said.failed.push(reason),
             }
