@@ -68,7 +68,7 @@ impl Focus {
         let mut plane_config = PlaneConfig::new(config.udp_bind);
         plane_config.advertised.clone_from(&config.advertised);
         let (plane, events) = MediaPlane::start(plane_config)?;
-        let udp = plane.local_addr();
+        let (udp, plane_ended) = (plane.local_addr(), plane.ended());
         let (commands, mut queue) = mpsc::channel(COMMANDS);
         // The manager must not wait for the plane, which may wait for the manager to read its events.
         tokio::spawn(async move {
@@ -84,6 +84,7 @@ impl Focus {
         });
         let mut handle = Self::start_with_plane(config, commands, events).await?;
         handle.udp_addr = Some(udp);
+        handle.plane_ended = Some(plane_ended);
         Ok(handle)
     }
 
@@ -148,6 +149,7 @@ impl Focus {
         Ok(FocusHandle {
             http_addr,
             udp_addr: None,
+            plane_ended: None,
             ws_url,
             jwt_url,
             rooms,
@@ -165,6 +167,7 @@ impl Focus {
 pub struct FocusHandle {
     http_addr: SocketAddr,
     udp_addr: Option<SocketAddr>,
+    plane_ended: Option<CancellationToken>,
     ws_url: String,
     jwt_url: Option<String>,
     rooms: RoomHandle,
@@ -201,8 +204,9 @@ impl FocusHandle {
         self.rooms.call(|rooms, _| rooms.stats()).await.unwrap_or_default()
     }
 
-    /// Says goodbye to everybody (`SERVER_SHUTDOWN`), waits a moment for it to be read, and stops.
-    pub async fn shutdown(self) {
+    /// Says goodbye to everybody (`SERVER_SHUTDOWN`), waits a moment for it to be read, and stops. Afterwards another
+    /// focus can be started on the same addresses.
+    pub async fn shutdown(mut self) {
         let said = self.rooms.call(|rooms, now| rooms.shut_down(now)).await;
         self.stop.cancel();
         self.connections.close();
@@ -212,7 +216,15 @@ impl FocusHandle {
         if let Some(jwt) = &self.jwt {
             jwt.shutdown(GOODBYE_WITHIN).await;
         }
-        // Ends in `drop`.
+        // A task that was aborted has ended, too: what it held is free.
+        let _ = (&mut self.server).await;
+        self.manager.abort();
+        let _ = (&mut self.manager).await;
+        if let Some(plane_ended) = &self.plane_ended
+            && tokio::time::timeout(GOODBYE_WITHIN, plane_ended.cancelled()).await.is_err()
+        {
+            tracing::warn!("the media plane did not end in time");
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use str0m::Candidate;
 use thiserror::Error;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::counters::Counters;
 use super::engine::Engine;
@@ -88,6 +89,7 @@ pub struct MediaPlane {
     commands: mpsc::Sender<Command>,
     counters: Arc<Counters>,
     local: SocketAddr,
+    ended: CancellationToken,
 }
 
 impl MediaPlane {
@@ -137,11 +139,16 @@ impl MediaPlane {
             outbox: Outbox::default(),
             counters: Arc::clone(&counters),
         };
+        let ended = CancellationToken::new();
+        let ending = ended.clone().drop_guard();
         std::thread::Builder::new()
             .name("media-plane".to_owned())
-            .spawn(move || runtime.block_on(shell.run()))
+            .spawn(move || {
+                runtime.block_on(shell.run());
+                drop(ending);
+            })
             .map_err(PlaneError::Thread)?;
-        Ok((Self { commands, counters, local }, events))
+        Ok((Self { commands, counters, local, ended }, events))
     }
 
     /// Sends a command, waiting while too many wait already. A task that also reads the events must use
@@ -169,6 +176,11 @@ impl MediaPlane {
     /// The address bound.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
+    }
+
+    /// Is cancelled when the plane has ended and its address is free.
+    pub(crate) fn ended(&self) -> CancellationToken {
+        self.ended.clone()
     }
 
     /// What the plane has counted so far.

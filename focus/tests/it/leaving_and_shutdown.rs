@@ -1,5 +1,6 @@
 //! How sessions end, and how the server does.
 
+use antiphon_focus::{Config, Focus};
 use livekit_protocol::{
     self as proto, DisconnectReason, participant_info::State, signal_request::Message as Up,
     signal_response::Message as Down,
@@ -76,6 +77,18 @@ async fn a_stopping_server_says_goodbye_to_everybody() {
     };
     tokio::join!(focus.shutdown(), listen(&mut alice), listen(&mut bob));
     assert!(tokio::net::TcpStream::connect(address).await.is_err(), "the server still listens");
+}
+
+#[tokio::test]
+async fn stopped_focus_leaves_its_addresses_to_the_next() {
+    let mut config = Config::dev_ephemeral();
+    for _ in 0..20 {
+        let focus = Focus::start(config.clone()).await.unwrap();
+        (config.http_bind, config.udp_bind) = (focus.http_addr(), focus.udp_addr().unwrap());
+        let (client, _) = Client::join(&focus, "alice").await;
+        drop(client);
+        focus.shutdown().await;
+    }
 }
 
 #[tokio::test]
