@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::transport::TrackSid;
+use crate::{media::Codec, transport::TrackSid};
 
 /// The most media sections that are looked at; more than any call needs.
 const MOST_SECTIONS: usize = 2048;
@@ -127,6 +127,8 @@ pub(in crate::transport) struct SectionView {
     pub(in crate::transport) receives: bool,
     /// Whether it names a codec that we know.
     pub(in crate::transport) usable: bool,
+    /// The first codec that we know: what the describing side sends in it.
+    pub(in crate::transport) codec: Option<Codec>,
     /// The stream and track halves of the msid.
     pub(in crate::transport) msid: Option<(String, String)>,
 }
@@ -141,6 +143,7 @@ pub(in crate::transport) fn views(sdp: &str) -> Vec<SectionView> {
             sends: direction.sends() && section.is_named(),
             receives: direction.receives(),
             usable: section.has_known_codec(),
+            codec: section.codecs().flatten().next(),
             msid: section.msid().map(|(stream, track)| (stream.to_owned(), track.to_owned())),
         })
     };
@@ -251,11 +254,24 @@ impl<'a> Section<'a> {
 
     /// Whether it names a codec that we know, or none at all.
     fn has_known_codec(self) -> bool {
-        let known = ["opus", "VP8", "VP9", "H264", "H265", "AV1"];
+        let mut codecs = self.codecs().peekable();
+        codecs.peek().is_none() || codecs.any(|codec| codec.is_some())
+    }
+
+    /// Its codecs in order of preference; `None` for those that we don't know.
+    fn codecs(self) -> impl Iterator<Item = Option<Codec>> {
+        const KNOWN: [(&str, Codec); 6] = [
+            ("opus", Codec::Opus),
+            ("VP8", Codec::Vp8),
+            ("VP9", Codec::Vp9),
+            ("H264", Codec::H264),
+            ("H265", Codec::H265),
+            ("AV1", Codec::Av1),
+        ];
         let names = self.lines().filter_map(|line| line.strip_prefix("a=rtpmap:")?.split([' ', '/']).nth(1));
-        let mut known =
-            names.map(|name| known.iter().any(|known| name.eq_ignore_ascii_case(known))).peekable();
-        known.peek().is_none() || known.any(|known| known)
+        names.map(|name| {
+            KNOWN.iter().find(|(known, _)| name.eq_ignore_ascii_case(known)).map(|(_, codec)| *codec)
+        })
     }
 
     fn value(self, attribute: &str) -> Option<&'a str> {
@@ -426,6 +442,21 @@ mod tests {
         );
         assert_eq!(views[2].msid, Some(("PA_a|camera".into(), "cam-7".into())));
         assert_eq!(first_mid(OFFER), Some("0"));
+    }
+
+    #[test]
+    fn first_known_codec_is_the_one_that_is_sent() {
+        let codec = |names: &[&str]| {
+            let mut sdp = "v=0\r\nm=video 9 UDP/TLS/RTP/SAVPF 1 2 3\r\na=mid:0\r\n".to_owned();
+            for (number, name) in names.iter().enumerate() {
+                sdp.push_str(&format!("a=rtpmap:{number} {name}/90000\r\n"));
+            }
+            let view = views(&sdp).remove(0);
+            (view.codec, view.usable)
+        };
+        assert_eq!(codec(&["rtx", "vp9", "VP8"]), (Some(Codec::Vp9), true));
+        assert_eq!(codec(&["rtx", "ulpfec"]), (None, false));
+        assert_eq!(codec(&[]), (None, true));
     }
 
     #[test]

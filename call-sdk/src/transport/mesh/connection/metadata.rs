@@ -53,7 +53,8 @@ pub(super) fn tracks(sections: &[SectionView], streams: Option<&Streams>) -> BTr
         if tracks.contains_key(&sid) {
             sid.0 = format!("{}:{id}", sid.0);
         }
-        let track = remote_track(sid.clone(), section.audio, metadata);
+        let mut track = remote_track(sid.clone(), section.audio, metadata);
+        track.codec = section.codec;
         tracks.insert(sid, Described { track, id: id.clone() });
     }
     tracks
@@ -103,10 +104,12 @@ pub(super) fn missing(sections: &[SectionView], streams: Option<&Streams>) -> [u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::media::Codec;
 
     fn section(audio: bool, stream: &str, id: &str) -> SectionView {
         let msid = Some((stream.to_owned(), id.to_owned()));
-        SectionView { mid: id.to_owned(), audio, sends: true, receives: false, usable: true, msid }
+        let codec = Some(if audio { Codec::Opus } else { Codec::Vp9 });
+        SectionView { mid: id.to_owned(), audio, sends: true, receives: false, usable: true, codec, msid }
     }
 
     fn described(source: TrackSource) -> StreamMetadata {
@@ -132,6 +135,8 @@ mod tests {
                 ("s:video", TrackSource::Camera),
             ]
         );
+        let codecs: Vec<_> = tracks.values().map(|described| described.track.codec).collect();
+        assert_eq!(codecs, [Some(Codec::Vp9), Some(Codec::Opus), Some(Codec::Vp9)]);
     }
 
     #[test]
