@@ -1,6 +1,6 @@
 //! Events that say why somebody is not heard or seen, as a sentence.
 
-use antiphon_call_sdk::{CallEvent, EndReason, NoMediaCause};
+use antiphon_call_sdk::{CallEvent, EndReason, MeshReason, NoMediaCause};
 
 /// What goes wrong and whose fault it is; `None` for events that are not about trouble.
 ///
@@ -24,7 +24,7 @@ pub fn trouble(event: &CallEvent) -> Option<String> {
         }
         CallEvent::NoMedia { member, cause, .. } => {
             let cause = match cause {
-                NoMediaCause::NothingArrives => "the SFU announces a track and sends nothing",
+                NoMediaCause::NothingArrives => "a track is announced and nothing arrives",
                 NoMediaCause::NoKey => "frames arrive, but the member's key has not",
                 NoMediaCause::NothingOpens => "frames arrive, but the member's key does not open them",
                 _ => "the cause is unknown",
@@ -38,6 +38,32 @@ pub fn trouble(event: &CallEvent) -> Option<String> {
         CallEvent::MediaBlocked { focus, tried } => format!(
             "no media path to {focus}: UDP may be blocked, or it may advertise a wrong address (tried {})",
             if tried.is_empty() { "nothing".to_owned() } else { tried.join(", ") }
+        ),
+        CallEvent::MeshBegan(MeshReason::NoFocus) => {
+            "neither the homeserver nor a member names a focus that we can use, so we send our media to each member \
+             separately: every one more takes uplink"
+                .to_owned()
+        }
+        CallEvent::MeshBegan(MeshReason::FocusUnreachable) => {
+            "our focus is not reached, so we send our media to each member separately until it is back; members that \
+             cannot do that do not hear us meanwhile"
+                .to_owned()
+        }
+        CallEvent::PeerFailed { member, reason, failures } => {
+            let advice = if *failures < 2 {
+                ""
+            } else {
+                "; if it goes on, a network on the way lets no UDP through, or hides its addresses: a TURN server on \
+                 the homeserver helps, or a focus"
+            };
+            format!("no direct connection to {} ({failures}. attempt), trying again: {reason}{advice}", member.user_id)
+        }
+        CallEvent::MeshTooLarge { member, bits_per_second, needed } => format!(
+            "{} gets no video from us: the way there carries {} kbit/s and our smallest picture needs {}; send fewer \
+             pixels, or use a focus, which takes everything once",
+            member.user_id,
+            bits_per_second / 1000,
+            needed.div_ceil(1000),
         ),
         CallEvent::Reconnecting(focus) => format!("the connection to {focus} is lost; reconnecting"),
         CallEvent::UnknownParticipant { focus, identity } => {
