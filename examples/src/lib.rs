@@ -17,7 +17,16 @@ pub use trouble::trouble;
 /// Sets logging up: warnings of Antiphon to standard error, or what `RUST_LOG` says.
 pub fn init() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        let quiet = ["matrix_sdk", "matrix_sdk_crypto", "rtc", "rtc_ice", "rtc_dtls", "rtc_sctp", "webrtc"];
+        let quiet = [
+            "matrix_sdk",
+            "matrix_sdk_crypto",
+            "livekit_signaling",
+            "rtc",
+            "rtc_ice",
+            "rtc_dtls",
+            "rtc_sctp",
+            "webrtc",
+        ];
         let quiet = quiet.map(|target| format!(",{target}=off")).concat();
         tracing_subscriber::EnvFilter::new(format!("warn{quiet}"))
     });

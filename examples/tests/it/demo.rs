@@ -9,7 +9,8 @@ use crate::support::turn;
 
 const LIMIT: Duration = Duration::from_secs(180);
 
-async fn demo(arguments: &[&str]) {
+/// Runs the demo and returns what it printed.
+async fn demo(arguments: &[&str]) -> String {
     let child = tokio::process::Command::new(env!("CARGO_BIN_EXE_demo"))
         .args(arguments)
         .stdin(Stdio::null())
@@ -23,12 +24,31 @@ async fn demo(arguments: &[&str]) {
     println!("{out}\n{err}");
     assert!(output.status.success(), "the demo failed:\n{out}\n{err}");
     assert!(out.contains("Every claim held."), "{out}");
+    out.into_owned()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_claim_holds_on_the_development_homeserver() {
     let _turn = turn().await;
-    demo(&[]).await;
+    let out = demo(&[]).await;
+    assert!(out.contains("went on from member to member"), "the focus was not stopped:\n{out}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_claim_holds_without_a_focus() {
+    let _turn = turn().await;
+    let out = demo(&["--no-focus"]).await;
+    assert!(out.contains("no member lists a focus"), "{out}");
+}
+
+#[tokio::test]
+async fn no_focus_and_a_service_url_are_wrong_usage() {
+    let arguments = ["--no-focus", "--service-url", "http://localhost:1"];
+    let output =
+        tokio::process::Command::new(env!("CARGO_BIN_EXE_demo")).args(arguments).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(err.contains("'--no-focus' cannot be used with '--service-url <URL>'"), "{err}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -53,5 +73,6 @@ async fn every_claim_holds_through_a_livekit_server() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move { axum::serve(listener, service.router()).await });
-    demo(&["--service-url", &url]).await;
+    let out = demo(&["--service-url", &url]).await;
+    assert!(out.contains("it is not stopped"), "{out}");
 }

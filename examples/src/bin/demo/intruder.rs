@@ -19,7 +19,7 @@ use matrix_sdk::ruma::{RoomId, api::client::account::request_openid_token};
 use serde_json::{Value, json};
 
 /// Frames as they came over the SFU, by the participant that the SFU names as their sender.
-type Heard = BTreeMap<ParticipantIdentity, Vec<(Codec, FrameBytes)>>;
+pub(crate) type Heard = BTreeMap<ParticipantIdentity, Vec<(Codec, FrameBytes)>>;
 
 /// A listener in the SFU room.
 pub(crate) struct Intruder {

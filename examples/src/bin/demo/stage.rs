@@ -1,9 +1,8 @@
-//! The stage: a homeserver, a focus, and four users of whom three share an encrypted room.
+//! The stage: a homeserver, usually a focus, three users who share an encrypted room, and an intruder.
 
 use std::path::Path;
 
 use antiphon_call_sdk::{LiveKitFocus, Session, SessionOptions};
-use antiphon_focus::{Config, Focus, FocusHandle};
 use antiphon_testkit::homeserver::{DevHomeserver, Options as HomeserverOptions};
 use anyhow::{Context as _, Result, bail};
 use matrix_sdk::{
@@ -17,21 +16,41 @@ use matrix_sdk::{
 };
 use serde_json::json;
 
-use crate::Options;
+use crate::{Options, own_focus::OwnFocus};
+
+/// How media travels at first.
+pub(crate) enum Route {
+    /// Over the focus in this process.
+    OwnFocus(LiveKitFocus),
+    /// Over a focus that runs elsewhere.
+    OtherFocus(LiveKitFocus),
+    /// From member to member.
+    Mesh,
+}
+
+impl Route {
+    pub(crate) fn focus(&self) -> Option<&LiveKitFocus> {
+        match self {
+            Self::OwnFocus(focus) | Self::OtherFocus(focus) => Some(focus),
+            Self::Mesh => None,
+        }
+    }
+}
 
 /// Everything that must stand before the call begins.
 pub(crate) struct Stage {
     pub(crate) homeserver_url: String,
-    pub(crate) focus: LiveKitFocus,
+    pub(crate) route: Route,
+    /// The one of [`Route::OwnFocus`].
+    pub(crate) own_focus: Option<OwnFocus>,
     pub(crate) room_id: OwnedRoomId,
     /// Alice, Bob and Carol.
     pub(crate) members: Vec<Session>,
-    /// Not in the room.
-    pub(crate) intruder: Session,
+    /// Not in the room. Without a focus there is nothing to intrude on.
+    pub(crate) intruder: Option<Session>,
     /// The sessions' devices; removed at the end.
     _devices: tempfile::TempDir,
     homeserver: Option<DevHomeserver>,
-    focus_handle: Option<FocusHandle>,
 }
 
 impl Stage {
@@ -49,18 +68,24 @@ impl Stage {
             (None, Some(url)) => url.trim_end_matches('/').to_owned(),
             (None, None) => bail!("no homeserver"),
         };
-        let (focus_handle, service_url) = match &options.service_url {
-            Some(url) => (None, url.trim_end_matches('/').to_owned()),
+        let (own_focus, service_url) = match &options.service_url {
+            _ if options.no_focus => (None, None),
+            Some(url) => (None, Some(url.trim_end_matches('/').to_owned())),
             None => {
-                let handle = Focus::start(Config::dev_ephemeral()).await?;
-                let url = handle.jwt_url().context("the focus runs no authorisation service")?.to_owned();
-                step(&format!("focus on {}, authorisation service on {url}", handle.ws_url()));
-                (Some(handle), url)
+                let (focus, url) = OwnFocus::start().await?;
+                step(&format!("focus with its authorisation service on {url}"));
+                (Some(focus), Some(url))
             }
         };
-        if let Some(server) = &homeserver {
-            server.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service_url })]);
+        if let (Some(server), Some(url)) = (&homeserver, &service_url) {
+            server.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": url })]);
         }
+        let focus = service_url.map(|url| url.parse().map(LiveKitFocus::of_service)).transpose()?;
+        let route = match (focus, &own_focus) {
+            (Some(focus), Some(_)) => Route::OwnFocus(focus),
+            (Some(focus), None) => Route::OtherFocus(focus),
+            (None, _) => Route::Mesh,
+        };
 
         let accounts = accounts(options, &homeserver_url).await?;
         let devices = tempfile::Builder::new().prefix("antiphon-demo-").tempdir()?;
@@ -68,8 +93,8 @@ impl Stage {
         for account in &accounts {
             sessions.push(log_in(&homeserver_url, account, devices.path()).await?);
         }
-        let intruder = sessions.pop().context("four accounts are needed")?;
-        step("four users registered and logged in, each device signed by its owner");
+        step(&format!("{} users registered and logged in, each device signed by its owner", sessions.len()));
+        let intruder = if route.focus().is_some() { sessions.pop() } else { None };
 
         let room_id = create_room(&sessions).await?;
         let mut rooms = Vec::new();
@@ -79,24 +104,24 @@ impl Stage {
         for (session, room) in sessions.iter().zip(&rooms) {
             wait_for_members(session, room, sessions.len()).await?;
         }
-        step(&format!("encrypted room {room_id} with three of them"));
+        step(&format!("encrypted room {room_id} with alice, bob and carol"));
         Ok(Self {
             homeserver_url,
-            focus: LiveKitFocus::of_service(service_url.parse()?),
+            route,
+            own_focus,
             room_id,
             members: sessions,
             intruder,
             _devices: devices,
             homeserver,
-            focus_handle,
         })
     }
 
     /// Stops what was started here.
     pub(crate) async fn strike(self) {
         drop((self.members, self.intruder));
-        if let Some(focus) = self.focus_handle {
-            focus.shutdown().await;
+        if let Some(mut focus) = self.own_focus {
+            focus.stop().await;
         }
         if let Some(homeserver) = self.homeserver {
             homeserver.shutdown().await;
@@ -109,17 +134,19 @@ pub(crate) fn step(text: &str) {
 }
 
 async fn accounts(options: &Options, homeserver: &str) -> Result<Vec<(String, String)>> {
+    let names: &[&str] =
+        if options.no_focus { &["alice", "bob", "carol"] } else { &["alice", "bob", "carol", "mallory"] };
     if !options.account.is_empty() {
         let split = |a: &String| a.split_once(':').map(|(u, p)| (u.to_owned(), p.to_owned()));
         let accounts: Option<Vec<_>> = options.account.iter().map(split).collect();
         return match accounts {
-            Some(accounts) if accounts.len() == 4 => Ok(accounts),
-            _ => bail!("give four --account options, each as USER:PASSWORD, or none"),
+            Some(accounts) if accounts.len() == names.len() => Ok(accounts),
+            _ => bail!("give {} --account options, each as USER:PASSWORD, or none", names.len()),
         };
     }
     let run = rand_suffix();
     let mut accounts = Vec::new();
-    for name in ["alice", "bob", "carol", "mallory"] {
+    for name in names {
         let (user, password) = (format!("{name}-{run}"), format!("demo-{run}"));
         register(homeserver, &user, &password).await?;
         accounts.push((user, password));
@@ -149,12 +176,14 @@ async fn register(homeserver: &str, user: &str, password: &str) -> Result<()> {
         match answer["session"].as_str() {
             Some(session) if status == 401 => auth["session"] = session.into(),
             _ => bail!(
-                "{homeserver} does not register {user} ({status}: {}); allow open registration or pass --account four times",
+                "{homeserver} does not register {user} ({status}: {}); allow open registration or pass --account once per user",
                 answer["error"].as_str().unwrap_or("no reason given")
             ),
         }
     }
-    bail!("{homeserver} wants more than a name and a password to register {user}; pass --account four times")
+    bail!(
+        "{homeserver} wants more than a name and a password to register {user}; pass --account once per user"
+    )
 }
 
 async fn create_room(sessions: &[Session]) -> Result<OwnedRoomId> {

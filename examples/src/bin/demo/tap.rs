@@ -1,4 +1,4 @@
-//! A port to Matrix that also keeps a copy of every media key that comes in.
+//! A port to Matrix that also keeps a copy of every media key that comes in, and counts signalling.
 //!
 //! Members of a call hold each other's keys, so a member who leaves can keep them. The demo lets one do just that, to
 //! show that they open nothing that is sent afterwards. The SDK itself never hands a key out.
@@ -12,7 +12,7 @@ use antiphon_call_sdk::{
     Device, MediaKey, OwnTrust, TrustPolicy,
     matrix::{
         Delivery, MatrixError, MatrixPort, MatrixReply, MatrixRequest, MatrixUpdate, RequestError, RoomView,
-        ToDeviceBatch, sdk::SdkRoom,
+        ToDeviceBatch, ToDeviceEvent, sdk::SdkRoom,
     },
 };
 use async_trait::async_trait;
@@ -21,25 +21,43 @@ use matrix_sdk::ruma::{OwnedUserId, RoomId};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-/// Keys by their sender.
-pub(crate) type KeptKeys = Arc<Mutex<Vec<(OwnedUserId, MediaKey)>>>;
+/// What came in so far.
+#[derive(Debug, Default)]
+pub(crate) struct Tapped {
+    /// Media keys by their sender.
+    pub(crate) keys: Vec<(OwnedUserId, MediaKey)>,
+    /// Signalling messages of the mesh that came Olm-encrypted.
+    pub(crate) encrypted: u64,
+    /// Signalling messages of the mesh that came in clear.
+    pub(crate) clear: u64,
+}
+
+impl Tapped {
+    fn add(&mut self, event: &ToDeviceEvent) {
+        if event.event_type == "io.element.call.encryption_keys" {
+            self.keys.extend(key(&event.content).map(|key| (event.sender.clone(), key)));
+        } else if event.event_type.starts_with("m.call.") {
+            *(if event.olm.is_some() { &mut self.encrypted } else { &mut self.clear }) += 1;
+        }
+    }
+}
 
 /// [`SdkRoom`] with a tap on it.
 #[derive(Debug)]
-pub(crate) struct KeyTap {
+pub(crate) struct Tap {
     inner: SdkRoom,
-    kept: KeptKeys,
+    tapped: Arc<Mutex<Tapped>>,
 }
 
-impl KeyTap {
-    pub(crate) fn new(inner: SdkRoom) -> (Self, KeptKeys) {
-        let kept = KeptKeys::default();
-        (Self { inner, kept: kept.clone() }, kept)
+impl Tap {
+    pub(crate) fn new(inner: SdkRoom) -> (Self, Arc<Mutex<Tapped>>) {
+        let tapped = Arc::<Mutex<Tapped>>::default();
+        (Self { inner, tapped: tapped.clone() }, tapped)
     }
 }
 
 #[async_trait]
-impl MatrixPort for KeyTap {
+impl MatrixPort for Tap {
     fn device(&self) -> &Device {
         self.inner.device()
     }
@@ -71,15 +89,11 @@ impl MatrixPort for KeyTap {
     async fn updates(&self) -> mpsc::Receiver<MatrixUpdate> {
         let mut from = self.inner.updates().await;
         let (tx, rx) = mpsc::channel(64);
-        let kept = self.kept.clone();
+        let tapped = self.tapped.clone();
         tokio::spawn(async move {
             while let Some(update) = from.recv().await {
-                if let MatrixUpdate::ToDevice(received) = &update
-                    && received.event_type == "io.element.call.encryption_keys"
-                    && let Some(key) = key(&received.content)
-                {
-                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                    kept.push((received.sender.clone(), key));
+                if let MatrixUpdate::ToDevice(event) = &update {
+                    tapped.lock().unwrap_or_else(PoisonError::into_inner).add(event);
                 }
                 if tx.send(update).await.is_err() {
                     return;
