@@ -83,7 +83,7 @@ impl MachineConfig {
             invite: None,
             delegate_leave: false,
             mesh: MeshPolicy::default(),
-            mesh_most: MachineConfig::DEFAULT_MESH_MOST,
+            mesh_most: Self::DEFAULT_MESH_MOST,
             observe: false,
             membership: OwnConfig::default(),
             keys: RolloutConfig::default(),
