@@ -355,7 +355,9 @@ impl fmt::Debug for SignallingOutput {
             Self::Negotiate { connection, command } => {
                 f.debug_struct("Negotiate").field("connection", connection).field("command", command).finish()
             }
-            Self::Close { connection, .. } => f.debug_struct("Close").field("connection", connection).finish(),
+            Self::Close { connection, .. } => {
+                f.debug_struct("Close").field("connection", connection).finish()
+            }
             Self::Connected { connection, member } => {
                 f.debug_struct("Connected").field("connection", connection).field("member", member).finish()
             }

@@ -317,6 +317,8 @@ fn invite_before_ours_was_sent_is_taken() {
 fn another_invite_replaces_the_present_call() {
     let mut bench = Bench::callee();
     let first = bench.answered("x");
+    assert!(bench.hear_invite("y").is_nothing(), "each costs a connection, so they are not taken in a row");
+    bench.pass(seconds(1));
     let said = bench.hear_invite("y");
     assert_eq!(said.closed, [first]);
     let [second] = said.opened[..] else { panic!() };
@@ -337,6 +339,7 @@ fn invite_with_a_lower_number_is_stale() {
         invite
     };
     assert_eq!(bench.hear("m.call.invite", "y", 0, numbered(5)).opened.len(), 1);
+    bench.pass(seconds(1));
     assert!(bench.hear("m.call.invite", "x", 0, numbered(4)).is_nothing());
     assert_eq!(bench.hear("m.call.invite", "z", 0, numbered(6)).opened.len(), 1);
 }
@@ -413,8 +416,21 @@ fn repeated_invite_is_answered_with_the_same_answer() {
 }
 
 #[test]
-fn refused_message_is_sent_again_with_growing_waits() {
-    for failure in [DeliveryFailure::UnknownDevice, DeliveryFailure::Blocked, DeliveryFailure::TimedOut] {
+fn device_that_is_refused_is_left_alone_until_trust_changes() {
+    let mut bench = Bench::caller();
+    let [connection] = bench.peers(&["bobs"]).opened[..] else { panic!() };
+    bench.opened(connection);
+    let id = bench.offer(connection).messages[0].0;
+    let said = bench.handle(SignallingInput::Sent { id, result: Err(DeliveryFailure::NotCrossSigned) });
+    assert_eq!((said.closed.len(), said.failed.len()), (1, 1));
+    assert!(bench.pass(seconds(200)).is_nothing());
+    let user = bob().user_id;
+    assert_eq!(bench.handle(SignallingInput::TrustChanged(&user)).opened.len(), 1);
+}
+
+#[test]
+fn message_that_was_not_sent_is_sent_again_with_growing_waits() {
+    for failure in [DeliveryFailure::UnknownDevice, DeliveryFailure::TimedOut] {
         let mut bench = Bench::caller();
         let [connection] = bench.peers(&["bobs"]).opened[..] else { panic!() };
         bench.opened(connection);
