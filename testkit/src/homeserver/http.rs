@@ -2,8 +2,13 @@
 
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
+use aws_lc_rs::hmac;
 use axum::{
     Router,
     body::Body,
@@ -12,6 +17,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post, put},
 };
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -101,7 +107,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/presence/{user}/status", put(accepted))
         .route("/pushrules/", get(push_rules))
         .route("/pushrules/global/", get(push_rules_global))
-        .route("/voip/turnServer", get(accepted))
+        .route("/voip/turnServer", get(turn_servers))
         .route("/thirdparty/protocols", get(accepted))
         .route("/createRoom", post(create_room))
         .route("/join/{room}", post(join))
@@ -301,6 +307,18 @@ async fn capabilities(Extension(app): App, _: Caller) -> Reply {
 
 async fn rtc_transports(Extension(app): App, _: Caller) -> Reply {
     Reply(json!({"rtc_transports": *lock(&app.rtc_transports)}))
+}
+
+async fn turn_servers(Extension(app): App, who: Caller) -> Reply {
+    app.turn_requests.fetch_add(1, Ordering::Relaxed);
+    let Some(turn) = lock(&app.turn).clone() else { return Reply(json!({})) };
+    let expires = app.clock.now().0 / 1000 + turn.ttl.as_secs();
+    let username = format!("{expires}:{}", who.user);
+    let key = hmac::Key::new(hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY, turn.secret.as_bytes());
+    let password = STANDARD.encode(hmac::sign(&key, username.as_bytes()));
+    Reply(json!({
+        "uris": turn.uris, "username": username, "password": password, "ttl": turn.ttl.as_secs(),
+    }))
 }
 
 async fn accepted(_: Caller) -> Reply {

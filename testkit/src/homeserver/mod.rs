@@ -29,7 +29,10 @@ use std::{
     collections::HashMap,
     fmt,
     net::{Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -138,6 +141,8 @@ impl DevHomeserver {
             waiters: Mutex::default(),
             reschedule: Notify::new(),
             rtc_transports: Mutex::new(options.rtc_transports),
+            turn: Mutex::default(),
+            turn_requests: AtomicU64::new(0),
             faults: Faults::default(),
         });
         let (stop, stopped) = watch::channel(false);
@@ -171,6 +176,16 @@ impl DevHomeserver {
     /// Replaces the list of `rtc/transports` (MSC4143).
     pub fn set_rtc_transports(&self, transports: Vec<Value>) {
         *lock(&self.shared.rtc_transports) = transports;
+    }
+
+    /// The TURN servers that users are told from now on; `None`: none.
+    pub fn set_turn(&self, turn: Option<Turn>) {
+        *lock(&self.shared.turn) = turn;
+    }
+
+    /// How often users have asked for TURN servers.
+    pub fn turn_requests(&self) -> u64 {
+        self.shared.turn_requests.load(Ordering::Relaxed)
     }
 
     /// How to make it misbehave.
@@ -224,6 +239,23 @@ impl fmt::Debug for DevHomeserver {
     }
 }
 
+/// TURN servers that share a secret with the homeserver, as coturn does with `use-auth-secret`.
+#[derive(Clone)]
+pub struct Turn {
+    /// `turn:` URLs.
+    pub uris: Vec<String>,
+    /// The shared secret.
+    pub secret: String,
+    /// How long the credentials of one answer hold.
+    pub ttl: Duration,
+}
+
+impl fmt::Debug for Turn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Turn").field("uris", &self.uris).field("ttl", &self.ttl).finish_non_exhaustive()
+    }
+}
+
 /// A user made by [`DevHomeserver::register_user`].
 #[derive(Clone)]
 #[non_exhaustive]
@@ -257,6 +289,8 @@ struct Shared {
     /// The next delayed event may be due at another time than the timer thinks.
     reschedule: Notify,
     rtc_transports: Mutex<Vec<Value>>,
+    turn: Mutex<Option<Turn>>,
+    turn_requests: AtomicU64,
     faults: Faults,
 }
 
