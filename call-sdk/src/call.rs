@@ -23,6 +23,8 @@ mod outgoing;
 mod pcm;
 mod queue;
 mod shell;
+#[cfg(feature = "webrtc")]
+mod turn;
 
 pub use connector::{Connected, Connector, PeerOpened};
 pub use error::CallError;

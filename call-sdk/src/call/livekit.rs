@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use super::{
     connector::{Connected, Connector, PeerOpened},
     shell::describe,
+    turn::Turn,
 };
 use crate::{
     foci::{
@@ -14,7 +15,7 @@ use crate::{
         discover,
     },
     machine::{AccessWanted, ConnectFailure, ConnectFailureKind},
-    matrix::{DelayId, MatrixPort, MatrixReply, MatrixRequest, RequestError, ServerSupport},
+    matrix::{DelayId, MatrixPort, RequestError, ServerSupport},
     member::{Member, ParticipantIdentity},
     tls::{TlsError, TlsOptions, client_config},
     transport::{
@@ -23,9 +24,6 @@ use crate::{
         mesh::{MeshConnection, MeshOptions},
     },
 };
-
-/// How long the homeserver may take to tell its TURN servers.
-const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How LiveKit SFUs are found and connected to.
 #[derive(Clone, Debug, Default)]
@@ -57,6 +55,7 @@ pub struct LiveKitConnector {
     ice_servers: Vec<IceServer>,
     relay_only: bool,
     mesh: MeshOptions,
+    turn: Turn,
 }
 
 impl LiveKitConnector {
@@ -71,12 +70,12 @@ impl LiveKitConnector {
         let LiveKitOptions { discovery, bind, ice_servers, relay_only, host_candidates, .. } = options;
         let mut mesh = MeshOptions::default();
         mesh.bind.clone_from(&bind);
-        mesh.ice_servers.clone_from(&ice_servers);
         mesh.relay_only = relay_only;
         mesh.host_candidates = host_candidates;
         mesh.tls = Some(Arc::clone(&tls));
         mesh.addresses = addresses;
-        Ok(Self { discovery, access, tls, bind, ice_servers, relay_only, mesh })
+        let turn = Turn::new(ice_servers.clone());
+        Ok(Self { discovery, access, tls, bind, ice_servers, relay_only, mesh, turn })
     }
 }
 
@@ -138,15 +137,7 @@ impl Connector for LiveKitConnector {
         identity: &ParticipantIdentity,
     ) -> Result<PeerOpened, ConnectFailure> {
         let mut options = self.mesh.clone();
-        match port.perform(MatrixRequest::TurnServers, TURN_TIMEOUT).await {
-            Ok(MatrixReply::Turn(turn)) if !turn.uris.is_empty() => options.ice_servers.push(IceServer {
-                urls: turn.uris.clone(),
-                username: turn.username.clone(),
-                credential: turn.password.clone(),
-            }),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the homeserver does not tell its TURN servers"),
-        }
+        options.ice_servers = self.turn.servers(port).await;
         MeshConnection::open(options, identity.clone())
             .await
             .map_err(|error| ConnectFailure::new(ConnectFailureKind::PeerUnreachable, describe(&error)))
