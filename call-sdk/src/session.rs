@@ -60,7 +60,8 @@ const ROOM_SHOWN: Duration = Duration::from_secs(30);
 const WHOAMI_LIMIT: Duration = Duration::from_secs(20);
 /// After a failed sync, doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Calls go on only after it, so it is short.
+const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 /// Events of a room in one sync. After more than these, whatever a call is told of besides state may be lost.
 const TIMELINE: u32 = 50;
 

@@ -86,8 +86,10 @@ const DATA_BUFFER: usize = 1 << 20;
 /// How long ICE waits between two rounds of checks. The engine's default of 200 ms delays every connection by as much:
 /// only the second round nominates a pair.
 const CHECK_INTERVAL: Duration = Duration::from_millis(50);
-/// Checks of a pair until it is given up, after 2 s.
+/// Checks of a pair until it is given up: after 2 s towards an SFU. A member's network may be away and come back, and
+/// its signalling decides when to give up, so there are enough for 20 s.
 const MOST_CHECKS: u16 = 40;
+const MOST_MESH_CHECKS: u16 = 400;
 /// How long ICE looks for a path to an SFU after it was interrupted; and to a member, whose signalling is slower and
 /// decides itself when to give up.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -175,7 +177,10 @@ impl Peer {
                 Some(if network.mesh { MESH_PATIENCE } else { PATIENCE }),
                 Some(Duration::from_secs(2)),
             )
-            .with_ice_connection_attempts(Some(CHECK_INTERVAL), Some(MOST_CHECKS))
+            .with_ice_connection_attempts(
+                Some(CHECK_INTERVAL),
+                Some(if network.mesh { MOST_MESH_CHECKS } else { MOST_CHECKS }),
+            )
             .build();
         // Where UDP is blocked, SFUs are reached by TCP (RFC 6544). Members can't be.
         let tcp = addresses.iter().filter(|_| !network.mesh);
