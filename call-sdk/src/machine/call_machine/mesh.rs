@@ -231,7 +231,7 @@ impl CallMachine {
     fn update_pairs(&mut self, now: Now) {
         let Some(signalling) = &mut self.signalling else { return };
         let mut peers = Vec::new();
-        let mut moved = Vec::new();
+        let (mut moved, mut lingering) = (Vec::new(), Vec::new());
         // Whoever was there first keeps its place.
         let mut members: Vec<&Peer> = self.peers.iter().collect();
         members.sort_by_key(|peer| peer.member.created);
@@ -247,12 +247,16 @@ impl CallMachine {
                 }
                 (Some(session), Some(device)) => {
                     *devices_of.entry(&peer.member.user_id).or_default() += 1;
+                    if !matches!(self.paths.now(&member), Path::Mesh(_)) {
+                        lingering.push(member.clone());
+                    }
                     peers.push(MeshPeer { member, device, session: session.clone() });
                 }
                 _ => moved.push(member),
             }
         }
-        signalling.handle(now.instant, SignallingInput::Peers { peers, moved: &moved });
+        let input = SignallingInput::Peers { peers, moved: &moved, lingering: &lingering };
+        signalling.handle(now.instant, input);
         self.drain_signalling(now);
     }
 

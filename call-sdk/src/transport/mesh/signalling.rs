@@ -58,12 +58,14 @@ pub(crate) struct Us {
 /// What happened.
 pub(crate) enum SignallingInput<'a> {
     /// The members that media is exchanged with directly from now on. A pair that is not among them any more is hung
-    /// up, `moved` if its member is reached by a focus instead.
+    /// up: its member is reached by a focus instead, or has no membership.
     Peers {
         /// Every one.
         peers: Vec<MeshPeer>,
         /// Those whose pairs end because a focus carries them.
         moved: &'a [MemberKey],
+        /// Those of `peers` that a focus carries already. Their connections stay, and are not made anew.
+        lingering: &'a [MemberKey],
     },
     /// A to-device message of a type that begins with `m.call.`, decrypted, from a device that Olm vouches for.
     Message {
@@ -194,7 +196,7 @@ impl Signalling {
     /// Takes in what happened.
     pub(crate) fn handle(&mut self, now: Instant, input: SignallingInput<'_>) {
         match input {
-            SignallingInput::Peers { peers, moved } => self.peers(now, peers, moved),
+            SignallingInput::Peers { peers, moved, lingering } => self.peers(now, peers, moved, lingering),
             SignallingInput::Message { from, event_type, content } => {
                 let Some(message) = wire::read(&self.desk.us, from, event_type, content) else { return };
                 let pair = self.pairs.values_mut().find(|pair| pair.is_with(from, &message.session));
@@ -260,7 +262,7 @@ impl Signalling {
         self.pairs.values().map(Pair::kept).sum::<usize>() + self.parked.len()
     }
 
-    fn peers(&mut self, now: Instant, peers: Vec<MeshPeer>, moved: &[MemberKey]) {
+    fn peers(&mut self, now: Instant, peers: Vec<MeshPeer>, moved: &[MemberKey], lingering: &[MemberKey]) {
         let mut wanted = BTreeMap::new();
         let mut addresses = BTreeSet::new();
         for peer in peers {
@@ -276,15 +278,25 @@ impl Signalling {
                 wanted.remove(&member);
                 self.pairs.insert(member, pair);
             } else {
-                // Nobody is left in an old session to read a hangup.
-                let moves = moved.contains(&member) && pair.calls();
-                pair.close(&mut self.desk, moves.then_some(wire::Reason::Moved));
+                let reason = if moved.contains(&member) {
+                    Some(wire::Reason::Moved)
+                } else if wanted.contains_key(&member) {
+                    // Nobody is left in an old session to read a hangup.
+                    None
+                } else {
+                    // A member that could not renew its membership may still be there, and think that we are.
+                    Some(wire::Reason::NoMembership)
+                };
+                pair.close(&mut self.desk, reason);
             }
         }
         for (member, peer) in wanted {
             let pair = Pair::new(now, &self.desk.us, peer, self.next_route);
             self.next_route = self.next_route.saturating_add(1);
             self.pairs.insert(member, pair);
+        }
+        for (member, pair) in &mut self.pairs {
+            pair.set_lingering(now, lingering.contains(member));
         }
         let parked = self.parked.take(now, |device, message| {
             self.pairs.values().any(|pair| pair.is_with(device, &message.session))
@@ -319,9 +331,12 @@ impl Desk {
 impl fmt::Debug for SignallingInput<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Peers { peers, moved } => {
-                f.debug_struct("Peers").field("peers", peers).field("moved", moved).finish()
-            }
+            Self::Peers { peers, moved, lingering } => f
+                .debug_struct("Peers")
+                .field("peers", peers)
+                .field("moved", moved)
+                .field("lingering", lingering)
+                .finish(),
             Self::Message { from, event_type, .. } => {
                 f.debug_struct("Message").field("from", from).field("event_type", event_type).finish()
             }

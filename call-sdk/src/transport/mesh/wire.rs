@@ -91,6 +91,8 @@ pub(super) enum Reason {
     UserHangup,
     /// A focus carries the pair.
     Moved,
+    /// The sender sees no membership of the receiver any more.
+    NoMembership,
     /// The receiver has another session.
     NewSession,
     /// Another call of the pair took its place.
@@ -106,9 +108,10 @@ pub(super) enum Reason {
 }
 
 impl Reason {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::UserHangup,
         Self::Moved,
+        Self::NoMembership,
         Self::NewSession,
         Self::Replaced,
         Self::InviteTimeout,
@@ -121,6 +124,7 @@ impl Reason {
         match self {
             Self::UserHangup => "user_hangup",
             Self::Moved => "moved",
+            Self::NoMembership => "no_membership",
             Self::NewSession => "new_session",
             Self::Replaced => "replaced",
             Self::InviteTimeout => "invite_timeout",

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Desk, MessageId, SignallingOutput, Us,
+    Desk, MessageId, RETRY_BASE, SignallingOutput, Us,
     attempt::{Attempt, Duty, Talk},
     outbox::{Kind, Outbox},
     parked::Parked,
@@ -50,6 +50,8 @@ pub(super) struct Pair {
     we_call: bool,
     /// Failures in a row.
     failures: u32,
+    /// A focus carries the media: no call is placed any more.
+    lingers: bool,
     /// When we place the call, unless a call is under way by then.
     call_at: Instant,
     attempt: Option<Attempt>,
@@ -78,6 +80,7 @@ impl Pair {
             next_generation: 0,
             we_call,
             failures: 0,
+            lingers: false,
             call_at: if we_call { now } else { now + PATIENCE },
             attempt: None,
             outbox: Outbox::default(),
@@ -104,9 +107,12 @@ impl Pair {
         self.attempt.as_ref().map(Attempt::connection)
     }
 
-    /// Whether we are the caller of the present call.
-    pub(super) fn calls(&self) -> bool {
-        self.attempt.as_ref().is_some_and(Attempt::is_ours)
+    /// Whether a focus carries the media. A pair that is wanted again without having ended begins as a new one does.
+    pub(super) fn set_lingering(&mut self, now: Instant, lingers: bool) {
+        if std::mem::replace(&mut self.lingers, lingers) && !lingers && self.attempt.is_none() {
+            self.failures = 0;
+            self.call_at = if self.we_call { now } else { now + PATIENCE };
+        }
     }
 
     /// Takes a message of the other side.
@@ -174,7 +180,7 @@ impl Pair {
                 let mut talk = Talk { now, desk, outbox: &mut self.outbox, peer: &self.peer };
                 attempt.advance(&mut talk)
             }
-            None if now >= self.call_at => {
+            None if now >= self.call_at && !self.lingers => {
                 let call = desk.call_id();
                 self.start(now, desk, call, true);
                 Duty::Nothing
@@ -211,7 +217,8 @@ impl Pair {
 
     /// When something is due by time alone.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let call = self.attempt.as_ref().map_or(Some(self.call_at), Attempt::wake_at);
+        let next = Some(self.call_at).filter(|_| !self.lingers);
+        let call = self.attempt.as_ref().map_or(next, Attempt::wake_at);
         call.into_iter().chain(self.outbox.wake_at()).chain(self.early.wake_at()).min()
     }
 
@@ -225,10 +232,12 @@ impl Pair {
         let Message { seq, body, .. } = message;
         // A hangup is taken at once: what is missing before it does not matter any more.
         match body {
-            Body::Hangup(Reason::UserHangup | Reason::Moved) => {
-                // Its membership says so soon, too.
+            Body::Hangup(reason @ (Reason::UserHangup | Reason::Moved)) => {
                 self.end_call(desk, None);
-                self.call_at = now + if self.we_call { PATIENCE } else { PATIENCE * 2 };
+                // A membership without a call comes soon after it, but a membership with a focus came long before: if
+                // we did not get it, or the member has moved back already, we may call.
+                let wait = if reason == Reason::Moved { RETRY_BASE } else { PATIENCE };
+                self.call_at = now + if self.we_call { wait } else { wait + PATIENCE };
             }
             Body::Hangup(reason) => {
                 self.fail(now, desk, None, format!("the other side hung up: {}", reason.as_str()));

@@ -82,7 +82,7 @@ impl Bench {
                 self.handle(SignallingInput::Message { from: &from, event_type, content: &content });
             }
             8 => self.peers(),
-            9 => self.handle(SignallingInput::Peers { peers: Vec::new(), moved: &[] }),
+            9 => self.handle(SignallingInput::Peers { peers: Vec::new(), moved: &[], lingering: &[] }),
             10 => {
                 self.now += Duration::from_millis(u64::from(flags) * 100);
                 self.drain();
@@ -135,7 +135,7 @@ impl Bench {
             member_id: MemberId("bob".to_owned()),
         };
         let peers = vec![MeshPeer { member, device, session }];
-        self.handle(SignallingInput::Peers { peers, moved: &[] });
+        self.handle(SignallingInput::Peers { peers, moved: &[], lingering: &[] });
     }
 
     fn handle(&mut self, input: SignallingInput<'_>) {

@@ -340,7 +340,7 @@ impl World {
                     .filter(|other| *other != at.0 && self.nodes[*other].member)
                     .map(|other| peer(self.process(other)))
                     .collect();
-                let input = SignallingInput::Peers { peers, moved: &[] };
+                let input = SignallingInput::Peers { peers, moved: &[], lingering: &[] };
                 self.nodes[at.0].signalling.handle(now, input);
                 at.0
             }

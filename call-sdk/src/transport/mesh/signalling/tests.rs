@@ -143,7 +143,7 @@ impl Bench {
             .iter()
             .map(|text| MeshPeer { member: key(&bob()), device: bob(), session: session(text) })
             .collect();
-        self.handle(SignallingInput::Peers { peers, moved: &[] })
+        self.handle(SignallingInput::Peers { peers, moved: &[], lingering: &[] })
     }
 
     fn opened(&mut self, connection: ConnectionId) -> Said {
@@ -608,22 +608,60 @@ fn failures_are_forgotten_with_the_session_and_after_a_stable_connection() {
 }
 
 #[test]
-fn peer_that_left_is_closed_without_a_message() {
+fn peer_without_a_membership_is_told_so() {
     let mut bench = Bench::caller();
     let (connection, _) = bench.connected();
     let said = bench.peers(&[]);
-    assert_eq!((&said.closed[..], said.messages.len()), (&[connection][..], 0));
+    assert_eq!((said.types(), &said.closed[..]), (vec!["m.call.hangup"], &[connection][..]));
+    assert_eq!(said.messages[0].2["reason"], "no_membership");
     assert_eq!(bench.machine.wake_at(), None);
+    // It may be mistaken, and calls again.
+    let (_, call) = bench.connected();
+    bench.hear("m.call.hangup", &call, 1, json!({ "reason": "no_membership" }));
+    assert_eq!(bench.pass(seconds(1)).opened.len(), 1);
 }
 
 #[test]
-fn caller_tells_that_a_pair_has_moved() {
-    for (mut bench, messages) in [(Bench::caller(), 1), (Bench::callee(), 0)] {
-        let connection = if messages == 1 { bench.connected().0 } else { bench.answered("x") };
-        let said = bench.handle(SignallingInput::Peers { peers: vec![], moved: &[key(&bob())] });
-        assert_eq!((&said.closed[..], said.messages.len()), (&[connection][..], messages));
-        assert!(said.messages.iter().all(|(_, _, content)| content["reason"] == "moved"));
+fn nobody_is_told_in_an_old_session() {
+    let mut bench = Bench::caller();
+    let (connection, _) = bench.connected();
+    let said = bench.peers(&["other"]);
+    assert_eq!((&said.closed[..], said.messages.len()), (&[connection][..], 0));
+}
+
+#[test]
+fn both_sides_tell_that_a_pair_has_moved() {
+    for mut bench in [Bench::caller(), Bench::callee()] {
+        let connection =
+            if bench.machine.desk.us.device < bob() { bench.answered("x") } else { bench.connected().0 };
+        let peers = vec![];
+        let moved = &[key(&bob())];
+        let said = bench.handle(SignallingInput::Peers { peers, moved, lingering: &[] });
+        assert_eq!((said.types(), &said.closed[..]), (vec!["m.call.hangup"], &[connection][..]));
+        assert_eq!(said.messages[0].2["reason"], "moved");
     }
+}
+
+#[test]
+fn pair_that_moved_and_is_wanted_again_is_called_at_once() {
+    let mut bench = Bench::caller();
+    let (_, call) = bench.connected();
+    let peers = || vec![MeshPeer { member: key(&bob()), device: bob(), session: session("bobs") }];
+    let bobs = [key(&bob())];
+    let lingers = SignallingInput::Peers { peers: peers(), moved: &[], lingering: &bobs };
+    assert!(bench.handle(lingers).is_nothing());
+    let said = bench.hear("m.call.hangup", &call, 1, json!({ "reason": "moved" }));
+    assert_eq!(said.closed.len(), 1);
+    assert!(bench.pass(seconds(15)).is_nothing(), "a focus carries the pair");
+    let said = bench.handle(SignallingInput::Peers { peers: peers(), moved: &[], lingering: &[] });
+    assert_eq!(said.opened.len(), 1);
+
+    // The hangup may also come after both have moved back.
+    let (connection, call) = bench.call_from(&said);
+    bench.hear_answer(&call);
+    bench.event(connection, Negotiated::Up);
+    bench.hear("m.call.hangup", &call, 1, json!({ "reason": "moved" }));
+    assert_eq!(bench.pass(seconds(1)).opened.len(), 1);
 }
 
 #[test]
@@ -778,7 +816,7 @@ fn members_are_one_peer_if_they_share_device_and_session() {
         session: session("left behind"),
     };
     let peers = vec![peer(key(&bob())), peer(other), own];
-    let said = bench.handle(SignallingInput::Peers { peers, moved: &[] });
+    let said = bench.handle(SignallingInput::Peers { peers, moved: &[], lingering: &[] });
     assert_eq!(said.opened.len(), 1);
 }
 
