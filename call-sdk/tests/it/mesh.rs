@@ -1,5 +1,11 @@
 //! Calls without a focus: full mesh, moves between a focus and the mesh, and calls that hold members of both kinds.
 
+mod dark;
+mod nat;
+mod process;
+mod race;
+mod restart;
+
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
@@ -130,6 +136,18 @@ fn gaps(speakers: &[Speaker]) -> (Duration, Duration) {
     (gaps[gaps.len() / 2], *gaps.last().unwrap())
 }
 
+/// What each member did since then.
+async fn print_timelines(speakers: &[Speaker], since: Instant) {
+    for speaker in speakers {
+        let report = speaker.call.report().await.unwrap();
+        let begin = report.at_ms.saturating_sub(u64::try_from(since.elapsed().as_millis()).unwrap());
+        println!("{}, silences {:?}:", speaker.user(), speaker.silences());
+        for entry in report.timeline.iter().filter(|entry| entry.at_ms >= begin) {
+            println!("  {:6} {:?}", entry.at_ms - begin, entry.step);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn members_mesh_on_synapse_and_send_nothing_but_olm() {
     require!(Peer::Synapse, Peer::LoopbackOnly);
@@ -214,6 +232,9 @@ async fn call_moves_to_the_focus_at_the_fifth_member_and_back_when_it_is_killed(
         "focus killed: longest silence of a voice: p50 {median:?}, max {longest:?}; all heard after {:?}",
         killed.elapsed()
     );
+    if longest > Duration::from_secs(6) {
+        print_timelines(&speakers, killed).await;
+    }
 
     speakers.iter().for_each(Speaker::begin_gaps);
     focus.restart().await;

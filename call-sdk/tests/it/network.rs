@@ -147,7 +147,11 @@ impl TcpRelay {
 
     /// A relay whose server is not known yet: connections wait for it.
     pub(crate) async fn reserve() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::reserve_at(SocketAddr::from(([127, 0, 0, 1], 0))).await
+    }
+
+    pub(crate) async fn reserve_at(address: SocketAddr) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (server, leads_to) = tokio::sync::watch::channel(None);
         let cut = Arc::new(tokio::sync::watch::channel(false).0);

@@ -84,8 +84,16 @@ impl Speaker {
 
     /// The longest silence of each speaker since [`Self::begin_gaps`], the present one included.
     pub(crate) fn gaps(&self) -> Vec<Duration> {
+        self.silences().into_iter().map(|(_, silence)| silence).collect()
+    }
+
+    /// The same, with the speakers.
+    pub(crate) fn silences(&self) -> Vec<(String, Duration)> {
         let heard = self.heard.lock().unwrap();
-        heard.voices.values().map(|(last, longest)| last.elapsed().max(*longest)).collect()
+        let silence = |(user, (last, longest)): (&String, &(Instant, Duration))| {
+            (user.clone(), last.elapsed().max(*longest))
+        };
+        heard.voices.iter().map(silence).collect()
     }
 
     /// The events since [`Self::begin_gaps`] that say where media travels.
