@@ -133,7 +133,7 @@ struct Heard {
     info: Option<EncryptionInfo>,
 }
 
-/// A message of a device that its owner's list does not hold.
+/// A message of a device that its owner's list does not hold, or not as cross-signed.
 struct Unknown {
     event: ToDeviceEvent,
     sender_key: String,
@@ -368,12 +368,15 @@ impl Listener {
         });
     }
 
-    /// Delivers the messages again whose device has become known.
+    /// Delivers the messages again whose device has become known, or turned out to be cross-signed.
     async fn resolve_unknown(&mut self, user: &OwnedUserId) {
         if !self.unknown.iter().any(|unknown| unknown.event.sender == *user) {
             return;
         }
-        let Ok(devices) = self.inner.client().encryption().get_user_devices(user).await else { return };
+        let encryption = self.inner.client().encryption();
+        let Ok(devices) = encryption.get_user_devices(user).await else { return };
+        let Ok(identity) = encryption.get_user_identity(user).await else { return };
+        let is_trusted = !identity.is_some_and(|identity| identity.has_verification_violation());
         let devices: BTreeMap<String, _> = devices
             .devices()
             .filter_map(|device| Some((device.curve25519_key()?.to_base64(), device)))
@@ -383,9 +386,12 @@ impl Listener {
                 Some(device) if unknown.event.sender == *user => {
                     let olm = OlmSender {
                         device_id: Some(device.device_id().to_owned()),
-                        cross_signed: device.is_cross_signed_by_owner(),
+                        cross_signed: is_trusted && device.is_cross_signed_by_owner(),
                     };
-                    self.tell(MatrixUpdate::ToDevice(ToDeviceEvent { olm: Some(olm), ..unknown.event }));
+                    let olm = Some(olm);
+                    if olm != unknown.event.olm {
+                        self.tell(MatrixUpdate::ToDevice(ToDeviceEvent { olm, ..unknown.event }));
+                    }
                 }
                 _ => self.unknown.push_back(unknown),
             }
@@ -411,7 +417,8 @@ fn hear_to_device(inner: &Inner, heard: mpsc::Sender<Heard>) -> EventHandlerDrop
 }
 
 /// Reads a to-device message. Its sender is taken from Olm, never from the content. With it comes the key of its Olm
-/// session, if the device is not known.
+/// session, if the device is not known or not known as cross-signed: a device that is in no list of ours may describe
+/// itself in the message (MSC4147), and then counts as unsigned.
 fn to_device_event(json: &str, info: Option<EncryptionInfo>) -> Option<(ToDeviceEvent, Option<String>)> {
     #[derive(Deserialize)]
     struct Envelope {
@@ -431,7 +438,11 @@ fn to_device_event(json: &str, info: Option<EncryptionInfo>) -> Option<(ToDevice
         if info.sender != envelope.sender {
             return None;
         }
-        if info.sender_device.is_none() {
+        let is_unsigned = matches!(
+            info.verification_state,
+            VerificationState::Unverified(VerificationLevel::UnsignedDevice)
+        );
+        if info.sender_device.is_none() || is_unsigned {
             unknown_key = Some(key);
         }
         let cross_signed = matches!(
@@ -546,7 +557,9 @@ mod tests {
         assert_eq!(olm, Some(OlmSender { device_id: Some("DEV".into()), cross_signed: true }));
         assert_eq!(key, None);
         let unsigned = VerificationState::Unverified(VerificationLevel::UnsignedDevice);
-        assert!(!read(Some(info("@a:x", Some("DEV"), unsigned))).0.unwrap().cross_signed);
+        let (olm, key) = read(Some(info("@a:x", Some("DEV"), unsigned)));
+        assert!(!olm.unwrap().cross_signed);
+        assert_eq!(key.as_deref(), Some("key"), "its list may be missing");
         let changed = VerificationState::Unverified(VerificationLevel::VerificationViolation);
         assert!(!read(Some(info("@a:x", Some("DEV"), changed))).0.unwrap().cross_signed);
         assert_eq!(read(None), (None, None), "in clear");

@@ -59,6 +59,26 @@ async fn unknown_device_fails_and_healthy_one_gets_the_message() {
     check_unknown_and_healthy(&alice, &bob).await;
 }
 
+/// In a clear room nobody has the device lists of the others until they are asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn first_message_in_a_clear_room_turns_out_to_be_of_a_signed_device() {
+    let homeserver = homeserver().await;
+    let (alice, bob) = (User::new(&homeserver, "alice").await, User::new(&homeserver, "bob").await);
+    let room = alice.create_room(false, &[&bob]).await;
+    let mut updates = bob.port(&room).updates().await;
+    assert_eq!(deliver(&alice.port(&room), &[device(&bob)]).await[&device(&bob)], Ok(()));
+    let signed = async {
+        loop {
+            let olm = key_message(&mut updates).await.olm.expect("encrypted");
+            if olm.cross_signed {
+                assert_eq!(olm.device_id.as_deref(), alice.session.client().device_id());
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(DEADLINE, signed).await.expect("the message comes again as that of a signed device");
+}
+
 /// Alice sends to Bob's device and to one that does not exist.
 pub(super) async fn check_unknown_and_healthy(alice: &User, bob: &User) {
     let room = alice.create_room(true, &[bob]).await;
