@@ -25,8 +25,8 @@ usage() {
                 as testkit/web/package-lock.json says  (needs npm; x86-64)
      bin/       LiveKit server $livekit_version, as a Go module (needs Go $go_needed or newer)
                 cargo-fuzz $cargo_fuzz_version, from crates.io, if the fuzz targets run
-   Chromium, Redis, coturn, nginx, Caddy, systemd-analyze, ip and unshare need root: what is missing is named with the
-   line that installs it.
+   Chromium, Firefox ESR, Redis, coturn, nginx, Caddy, systemd-analyze, ip and unshare need root: what is missing is
+   named with the line that installs it.
 3. cargo fmt, clippy and doc, all with warnings denied.
 4. The bot in examples/embed, a project of its own outside the workspace that depends on the SDK by path. It must
    fit in 50 lines. The tests start it twice. With --size it is built as docs/sdk/embedding.md describes, which
@@ -158,8 +158,8 @@ programs() {
   local pair
   # Servers are often where only root's path leads.
   local PATH=$PATH:/usr/sbin
-  for pair in chromium:chromium redis-server:redis-server turnserver:coturn nginx:nginx-light caddy:caddy \
-    systemd-analyze:systemd ip:iproute2 unshare:util-linux; do
+  for pair in chromium:chromium firefox-esr:firefox-esr redis-server:redis-server turnserver:coturn nginx:nginx-light \
+    caddy:caddy systemd-analyze:systemd ip:iproute2 unshare:util-linux; do
     command -v "${pair%:*}" >/dev/null ||
       lacks "${pair%:*}: apt-get install --yes --no-install-recommends ${pair#*:}"
   done

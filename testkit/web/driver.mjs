@@ -1,13 +1,15 @@
-// Drives Chromium for the Rust tests. Commands and answers are lines of JSON: see lines.mjs.
+// Drives Chromium or Firefox for the Rust tests. Commands and answers are lines of JSON: see lines.mjs.
 import { elementCallStats, joinElementCall, leaveElementCall, serveElementCall } from "./element-call.mjs";
-import { launch, openPage } from "./launch.mjs";
-import { drive } from "./lines.mjs";
+import * as firefox from "./firefox.mjs";
+import * as chromium from "./launch.mjs";
+import { drive, until } from "./lines.mjs";
 import { folder } from "./modules.mjs";
 import { serve } from "./serve.mjs";
 
 const here = import.meta.dirname;
 const { createReadStream } = await import("node:fs");
-const browser = await launch(process.env.ANTIPHON_CHROMIUM);
+const { launch, openPage } = process.env.ANTIPHON_FIREFOX ? firefox : chromium;
+const browser = await launch(process.env.ANTIPHON_FIREFOX ?? process.env.ANTIPHON_CHROMIUM);
 const livekitFiles = await serve(folder("livekit-client", "dist"), (_request, response, path) => {
   const file = { "/": "livekit.html", "/livekit.js": "livekit.js" }[path];
   if (!file) return false;
@@ -15,6 +17,7 @@ const livekitFiles = await serve(folder("livekit-client", "dist"), (_request, re
   createReadStream(`${here}/${file}`).pipe(response);
   return true;
 });
+const meshFiles = await serve(here);
 const pages = new Map();
 let next = 1;
 
@@ -71,6 +74,19 @@ const commands = {
     await inPage(page, "leave");
     await close(page);
   },
+  "mesh.start": async (args) => {
+    const { number, page } = await open();
+    await page.goto(`${meshFiles.base}/mesh.html`);
+    await until(() => page.evaluate(() => Boolean(window.antiphon)), 10_000, "the page's script");
+    await inPage(number, "start", args);
+    return { page: number };
+  },
+  "mesh.exchange": ({ page, ...args }) => inPage(page, "exchange", args),
+  "mesh.stats": ({ page }) => inPage(page, "stats"),
+  "mesh.publishLater": ({ page, ...args }) => inPage(page, "publishLater", args),
+  "mesh.setMuted": ({ page, ...args }) => inPage(page, "setMuted", args),
+  "mesh.sendData": ({ page, ...args }) => inPage(page, "sendData", args),
+  "mesh.hangUp": ({ page }) => inPage(page, "hangUp"),
   "ec.join": async ({ homeserver, server_name, ...args }) => {
     const { number, page } = await open();
     const server = await serveElementCall(homeserver, server_name);

@@ -9,6 +9,7 @@ mod kick;
 mod livekit_transport;
 mod matrix;
 mod mesh;
+mod mesh_browser;
 mod network;
 mod speakers;
 mod support;

@@ -358,7 +358,7 @@ impl OurDevice {
         let port = Arc::new(KeyTap { inner, keys: Arc::new(keys_tx), deaf });
         let sfu = FakeSfu::default();
         let (call, events) = Call::join_through(port, Arc::new(sfu.clone()), options).await.unwrap();
-        OurMember { call, events: Events { events, seen: Vec::new() }, keys, deafen, sfu, own: self }
+        OurMember { call, events: Events::of(events), keys, deafen, sfu, own: self }
     }
 }
 
@@ -369,6 +369,10 @@ pub(crate) struct Events {
 }
 
 impl Events {
+    pub(crate) fn of(events: CallEvents) -> Self {
+        Self { events, seen: Vec::new() }
+    }
+
     /// Reads events until one satisfies `wanted`; panics after `limit` with what came instead.
     pub(crate) async fn until(
         &mut self,

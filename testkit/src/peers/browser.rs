@@ -1,4 +1,5 @@
-//! Headless Chromium with pages of unmodified `livekit-client` and Element Call.
+//! Headless Chromium with pages of unmodified `livekit-client` and Element Call, and Chromium or Firefox with a page that
+//! meshes by a plain `RTCPeerConnection`.
 #![allow(clippy::disallowed_methods, reason = "this is the shell: it owns the clock and the tasks")]
 
 use std::collections::BTreeMap;
@@ -8,21 +9,20 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::driver::Driver;
 use super::{Peer, PeerError};
 
-const PEER: &str = "Chromium";
 const TURN_LIMIT: Duration = Duration::from_secs(600);
 const START_LIMIT: Duration = Duration::from_secs(60);
 const JOIN_LIMIT: Duration = Duration::from_secs(90);
 const COMMAND_LIMIT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(200);
 
-/// A running Chromium. It ends when this and all its pages are dropped.
+/// A running Chromium or Firefox. It ends when this and all its pages are dropped.
 ///
 /// There is one at a time in a process, because software codecs fill the cores: a second test waits for the first.
 /// One test therefore starts one browser; every page has its own storage and login anyway.
@@ -177,6 +177,71 @@ pub struct ElementCallStats {
     pub outbound: Vec<RtpOut>,
 }
 
+/// One side of a mesh connection.
+#[derive(Debug, Clone, Serialize)]
+pub struct MeshParty {
+    /// The user.
+    pub user_id: String,
+    /// The device.
+    pub device_id: String,
+    /// The session of its membership.
+    pub session_id: String,
+}
+
+/// How a page with a plain `RTCPeerConnection` meshes.
+#[derive(Debug, Clone)]
+pub struct MeshJoin {
+    /// The page's user.
+    pub us: MeshParty,
+    /// The member that it meshes with.
+    pub them: MeshParty,
+    /// The room id.
+    pub room: String,
+    /// The slot, `m.call#ROOM`.
+    pub slot: String,
+    /// What it sends from the first description on: `microphone`, `camera`.
+    pub sources: Vec<String>,
+    /// Whether a caller offers to receive in the sections that it sends in, instead of in further ones.
+    pub bidirectional: bool,
+}
+
+/// A message of mesh signalling, on its way between page and homeserver.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct MeshMessage {
+    /// `m.call.*`.
+    #[serde(rename = "type")]
+    pub event_type: String,
+    /// Its content.
+    pub content: Value,
+}
+
+/// A page that meshes.
+#[derive(Debug)]
+pub struct MeshPage {
+    page: Page,
+}
+
+/// What a page that meshes sees.
+#[derive(Debug, Clone, Deserialize)]
+pub struct MeshStats {
+    /// Whether it is the caller.
+    pub caller: bool,
+    /// `connectionState`.
+    pub connection: String,
+    /// The reason of the other side's hangup.
+    pub ended: Option<String>,
+    /// `sdp_stream_metadata` of the other side.
+    pub streams: Value,
+    /// Messages that came on the data channels, as far as they are UTF-8.
+    pub data: Vec<String>,
+    /// What went wrong in the page.
+    pub errors: Vec<String>,
+    /// One entry per received track.
+    pub inbound: Vec<RtpIn>,
+    /// One entry per sent track.
+    pub outbound: Vec<RtpOut>,
+}
+
 #[derive(Debug)]
 struct Page {
     running: Arc<Running>,
@@ -185,6 +250,7 @@ struct Page {
 
 #[derive(Debug)]
 struct Running {
+    peer: &'static str,
     driver: Driver,
     // Last: it is returned when the driver has ended.
     _turn: SemaphorePermit<'static>,
@@ -214,25 +280,36 @@ impl Browser {
     /// [`PeerError::Missing`] when Chromium, the npm packages or the namespace is missing; otherwise why it did not
     /// start, with the end of its log.
     pub async fn start() -> Result<Self, PeerError> {
+        Self::start_program("Chromium", Peer::Chromium, "ANTIPHON_CHROMIUM").await
+    }
+
+    /// Starts Firefox, for [`Self::mesh_page`] only: the other pages need a browser that playwright drives.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_firefox() -> Result<Self, PeerError> {
+        Self::start_program("Firefox", Peer::Firefox, "ANTIPHON_FIREFOX").await
+    }
+
+    async fn start_program(peer: &'static str, program: Peer, variable: &str) -> Result<Self, PeerError> {
         Peer::LoopbackOnly.find()?;
-        let chromium = Peer::Chromium.find()?;
+        let program = program.find()?;
         let turn = tokio::time::timeout(TURN_LIMIT, TURN.acquire()).await;
         let Ok(Ok(turn)) = turn else {
             return Err(PeerError::Deadline {
-                peer: PEER,
+                peer,
                 what: "the end of the other browser of this process".to_owned(),
                 limit: TURN_LIMIT,
                 log: String::new(),
             });
         };
-        let driver =
-            Driver::start(PEER, "driver.mjs", &[("ANTIPHON_CHROMIUM", chromium.to_string_lossy().as_ref())])?;
-        let browser = Self { running: Arc::new(Running { driver, _turn: turn }) };
+        let driver = Driver::start(peer, "driver.mjs", &[(variable, program.to_string_lossy().as_ref())])?;
+        let browser = Self { running: Arc::new(Running { peer, driver, _turn: turn }) };
         browser.version().await?;
         Ok(browser)
     }
 
-    /// Chromium's version.
+    /// The browser's version.
     ///
     /// # Errors
     /// When the driver has ended or does not answer.
@@ -281,7 +358,24 @@ impl Browser {
         })
     }
 
-    /// The end of what Chromium, the driver and the consoles of the pages said.
+    /// Opens a page that meshes with one member by a plain `RTCPeerConnection`, as `docs/mesh.md` says, and captures
+    /// the sources. As the caller it makes its offer at once.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`] with the browser's own error, [`PeerError::Deadline`] after 90 seconds.
+    pub async fn mesh_page(&self, join: MeshJoin) -> Result<MeshPage, PeerError> {
+        #[derive(Deserialize)]
+        struct Started {
+            page: u64,
+        }
+        let place = json!({"room": join.room, "slot": join.slot});
+        let args = json!({"us": join.us, "them": join.them, "place": place, "sources": join.sources,
+            "bidirectional": join.bidirectional});
+        let Started { page } = self.running.driver.call("mesh.start", args, JOIN_LIMIT).await?;
+        Ok(MeshPage { page: self.page(page) })
+    }
+
+    /// The end of what the browser, the driver and the consoles of the pages said.
     pub fn log_tail(&self) -> String {
         self.running.driver.log_tail()
     }
@@ -448,6 +542,86 @@ impl ElementCallStats {
     }
 }
 
+impl MeshPage {
+    /// Gives the page messages of the other side, and returns those that it wants sent.
+    ///
+    /// # Errors
+    /// When the page or the driver fails.
+    pub async fn exchange(&self, incoming: &[MeshMessage]) -> Result<Vec<MeshMessage>, PeerError> {
+        self.page.call("mesh.exchange", json!({"incoming": incoming})).await
+    }
+
+    /// The present counters.
+    ///
+    /// # Errors
+    /// When the page or the driver fails.
+    pub async fn stats(&self) -> Result<MeshStats, PeerError> {
+        self.page.call("mesh.stats", json!({})).await
+    }
+
+    /// Awaits counters that satisfy `reached`, and returns them.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`] with the last counters when `limit` has passed.
+    pub async fn until(
+        &self,
+        what: &str,
+        limit: Duration,
+        reached: impl Fn(&MeshStats) -> bool,
+    ) -> Result<MeshStats, PeerError> {
+        self.page.until("mesh.stats", what, limit, reached).await
+    }
+
+    /// Captures more sources and negotiates them: by an offer of its own, or, as the callee, by describing them.
+    ///
+    /// # Errors
+    /// When the page or the driver fails.
+    pub async fn publish_later(&self, sources: &[&str]) -> Result<(), PeerError> {
+        self.page.call("mesh.publishLater", json!({"sources": sources})).await
+    }
+
+    /// Mutes or unmutes a source.
+    ///
+    /// # Errors
+    /// When the page or the driver fails.
+    pub async fn set_muted(&self, source: &str, muted: bool) -> Result<(), PeerError> {
+        self.page.call("mesh.setMuted", json!({"source": source, "muted": muted})).await
+    }
+
+    /// Sends a text on a data channel.
+    ///
+    /// # Errors
+    /// When the page or the driver fails.
+    pub async fn send_data(&self, reliable: bool, topic: &str, text: &str) -> Result<(), PeerError> {
+        self.page.call("mesh.sendData", json!({"reliable": reliable, "topic": topic, "text": text})).await
+    }
+
+    /// Hangs up.
+    ///
+    /// # Errors
+    /// When the page or the driver fails.
+    pub async fn hang_up(&self) -> Result<(), PeerError> {
+        self.page.call("mesh.hangUp", json!({})).await
+    }
+}
+
+impl MeshStats {
+    /// Decoded video frames.
+    pub fn frames_decoded(&self) -> u64 {
+        self.inbound.iter().map(|track| track.frames_decoded).sum()
+    }
+
+    /// Audio samples that were decoded, not invented.
+    pub fn samples_decoded(&self) -> u64 {
+        self.inbound.iter().filter(|track| track.kind == "audio").map(RtpIn::samples_decoded).sum()
+    }
+
+    /// The energy of all received audio.
+    pub fn audio_energy(&self) -> f64 {
+        self.inbound.iter().map(|track| track.audio_energy).sum()
+    }
+}
+
 impl FrameKey {
     /// A key of `identity`.
     pub fn new(identity: impl Into<String>, key: impl Into<Vec<u8>>, index: u8) -> Self {
@@ -456,6 +630,13 @@ impl FrameKey {
 
     fn json(&self) -> Value {
         json!({"identity": self.identity, "key": STANDARD.encode(&self.key), "index": self.index})
+    }
+}
+
+impl std::fmt::Debug for MeshMessage {
+    /// Without the content, which names addresses.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("MeshMessage").field(&self.event_type).finish()
     }
 }
 
@@ -497,7 +678,7 @@ impl Page {
             }
             if Instant::now() >= end {
                 return Err(PeerError::Refused {
-                    peer: PEER,
+                    peer: self.running.peer,
                     what: format!("{what} within {limit:?}"),
                     why: format!("it last saw {stats:#?}"),
                     log: self.running.driver.log_tail(),

@@ -1,5 +1,6 @@
 //! Launchers of the programs that nobody in this project wrote and that the tests meet: Synapse, a LiveKit
-//! server, Chromium with `livekit-client` or Element Call, matrix-js-sdk.
+//! server, Chromium with `livekit-client` or Element Call, Chromium or Firefox with a plain `RTCPeerConnection`,
+//! matrix-js-sdk.
 //!
 //! Each runs on loopback only, in a temporary folder of its own, on ports that were free, and is ended by its
 //! process id when its value is dropped. A start that fails returns the end of the program's log.
@@ -32,7 +33,7 @@ pub mod synapse;
 
 pub use self::browser::{
     Browser, ElementCallJoin, ElementCallPage, ElementCallStats, EncryptionErrors, FrameKey, LiveKitJoin,
-    LiveKitPage, LiveKitStats, RtpIn, RtpOut,
+    LiveKitPage, LiveKitStats, MeshJoin, MeshMessage, MeshPage, MeshParty, MeshStats, RtpIn, RtpOut,
 };
 pub use self::error::PeerError;
 pub use self::jssdk::{JsSdk, JsSdkKey, JsSdkMember, JsSdkState};

@@ -17,6 +17,8 @@ pub enum Peer {
     Npm,
     /// Chromium.
     Chromium,
+    /// Firefox ESR.
+    Firefox,
     /// Redis.
     Redis,
     /// The TURN server coturn.
@@ -51,6 +53,7 @@ impl Peer {
                 verify(),
             ),
             Self::Chromium => (on_path("chromium"), "Chromium", apt("chromium")),
+            Self::Firefox => (on_path("firefox-esr"), "Firefox ESR", apt("firefox-esr")),
             Self::Redis => (on_path("redis-server"), "Redis", apt("redis-server")),
             Self::Coturn => (on_path("turnserver"), "coturn", apt("coturn")),
             Self::Nginx => (on_path("nginx"), "nginx", apt("nginx-light")),
