@@ -356,8 +356,8 @@ impl Call {
         self.tell(Command::RaiseHand(raised)).await
     }
 
-    /// Leaves: ends the tracks, disconnects from every SFU and removes our membership. Bounded by 5 s; if the
-    /// homeserver is away, the delayed leave removes us later.
+    /// Leaves: ends the tracks, disconnects from every SFU and removes our membership. Bounded by 5 s, and
+    /// 2 s more to tell members of a mesh; if the homeserver is away, the delayed leave removes us later.
     pub async fn leave(self) {
         // An error means that the call ended first.
         let _ = self.ask(Command::Leave).await;

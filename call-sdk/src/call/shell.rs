@@ -46,6 +46,10 @@ const TRANSPORT_EVENTS: usize = 1024;
 const OUTCOMES: usize = 1024;
 /// How long closing a connection may take before it is abandoned.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long leaving waits for hangups that are on their way, after everything else.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A member of a mesh is told that we have left. Other messages are pointless then.
+const HANGUP: &str = "m.call.hangup";
 
 /// What the application asks of its call.
 #[derive(Debug)]
@@ -106,6 +110,8 @@ pub(super) struct Shell {
     next_local: u64,
     locals_changed: Arc<Notify>,
     work: JoinSet<Done>,
+    /// Hangups on their way, which must outlive `work`.
+    goodbyes: JoinSet<()>,
     transport_events: Channel<(ConnectionId, TransportEvent)>,
     outcomes: Channel<Outcome>,
     data: DataSealer,
@@ -141,6 +147,7 @@ impl Shell {
             next_local: 1,
             locals_changed: Arc::default(),
             work: JoinSet::new(),
+            goodbyes: JoinSet::new(),
             transport_events: mpsc::channel(TRANSPORT_EVENTS),
             outcomes: mpsc::channel(OUTCOMES),
             data: DataSealer::new(&parts.sealing),
@@ -238,7 +245,8 @@ impl Shell {
             }
             Output::SendToDevice { id, batch } => {
                 let (port, to) = (Arc::clone(&self.parts.port), self.outcomes.0.clone());
-                self.work.spawn(async move {
+                let is_goodbye = batch.event_type == HANGUP;
+                let sending = async move {
                     let (outcomes, mut of_batch) = mpsc::channel(64);
                     let forward = async {
                         while let Some((device, result)) = of_batch.recv().await {
@@ -250,8 +258,16 @@ impl Shell {
                     tokio::join!(port.send_to_device(batch, outcomes), forward);
                     // By the same way as the outcomes, so that it comes after them.
                     drop(to.send(Outcome::Done(id)).await);
-                    Done::Nothing
-                });
+                };
+                if is_goodbye {
+                    while self.goodbyes.try_join_next().is_some() {}
+                    self.goodbyes.spawn(sending);
+                } else {
+                    self.work.spawn(async move {
+                        sending.await;
+                        Done::Nothing
+                    });
+                }
             }
             Output::Discover { support, members } => {
                 let (port, connector) = self.outside();
@@ -605,10 +621,17 @@ impl Shell {
         let _ = self.parts.last_report.set(self.parts.machine.report(now()));
         self.parts.status.send_replace(CallStatus::Over);
         self.parts.events.end(CallEvent::Ended(reason));
-        for waiter in self.leaving {
-            // The application may have stopped waiting.
-            let _ = waiter.send(());
-        }
+        let (mut goodbyes, leaving) = (self.goodbyes, self.leaving);
+        tokio::spawn(async move {
+            let all = async { while goodbyes.join_next().await.is_some() {} };
+            if tokio::time::timeout(GOODBYE_TIMEOUT, all).await.is_err() {
+                tracing::debug!("members could not be told in time that we have left");
+            }
+            for waiter in leaving {
+                // The application may have stopped waiting.
+                let _ = waiter.send(());
+            }
+        });
     }
 }
 
