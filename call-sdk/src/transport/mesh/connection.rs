@@ -63,7 +63,7 @@ pub struct MeshOptions {
     pub host_candidates: bool,
     /// TLS towards TURN servers; `None`: trust the system's roots.
     pub tls: Option<Arc<rustls::ClientConfig>>,
-    /// Which addresses a TURN server may have that is reached over TCP or TLS.
+    /// Which addresses the other side's candidates may have, and a TURN server that is reached over TCP or TLS.
     pub addresses: crate::addresses::AddressRule,
 }
 

@@ -1,6 +1,8 @@
-//! Which of our ICE candidates the other side is told, and how.
+//! Which of our ICE candidates the other side is told, and which of its candidates we use.
 
 use std::net::IpAddr;
+
+use crate::addresses::AddressRule;
 
 /// Candidates of either side, until ICE is restarted.
 pub(super) const MOST_CANDIDATES: usize = 64;
@@ -40,6 +42,43 @@ impl Policy {
             }
         }
         Some(fields.join(" "))
+    }
+}
+
+/// The other side's candidates: each makes us send packets to an address of its choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Admission {
+    /// Which addresses may be used. Names may only where any address may.
+    rule: AddressRule,
+    used: usize,
+}
+
+impl Admission {
+    pub(super) fn new(rule: AddressRule) -> Self {
+        Self { rule, used: 0 }
+    }
+
+    /// Begins anew: the other side has found its paths anew.
+    pub(super) fn reset(&mut self) {
+        self.used = 0;
+    }
+
+    /// Whether a candidate is used, of which this is the value without `candidate:`.
+    pub(super) fn admits(&mut self, candidate: &str) -> bool {
+        let address = candidate.split_ascii_whitespace().nth(4).and_then(|field| field.parse().ok());
+        let is_permitted =
+            address.map_or(self.rule == AddressRule::Any, |address| self.rule.permits(address));
+        self.used += usize::from(is_permitted);
+        is_permitted && self.used <= MOST_CANDIDATES
+    }
+
+    /// A description with no other candidates than those that are used.
+    pub(super) fn description(&mut self, sdp: &str) -> String {
+        let is_kept = |line: &&str| match line.trim_end().strip_prefix("a=candidate:") {
+            Some(candidate) => self.admits(candidate),
+            None => true,
+        };
+        sdp.split_inclusive('\n').filter(is_kept).collect()
     }
 }
 
@@ -122,5 +161,24 @@ mod tests {
         }
         assert_eq!(gathered.news().len(), MOST_CANDIDATES);
         assert!(gathered.news().is_empty());
+    }
+
+    #[test]
+    fn other_side_chooses_neither_many_addresses_nor_private_ones() {
+        let line = |n: usize, address: &str| format!("a=candidate:{n} 1 udp 1 {address} 5000 typ host\r\n");
+        let many: String = (0..1000).map(|n| line(n, "203.0.113.7")).collect();
+        let mut any = Admission::new(AddressRule::Any);
+        let kept = any.description(&format!("v=0\r\n{many}a=mid:0\r\n"));
+        assert_eq!(kept.matches("a=candidate").count(), MOST_CANDIDATES);
+        assert!(kept.starts_with("v=0\r\n") && kept.ends_with("a=mid:0\r\n"));
+        assert!(!any.admits("1 1 udp 1 192.168.1.7 5000 typ host"), "they are counted together");
+        any.reset();
+        assert!(any.admits("1 1 udp 1 192.168.1.7 5000 typ host"));
+        assert!(any.admits("1 1 udp 1 4f2a.local 5000 typ host"));
+        let mut public = Admission::new(AddressRule::PublicOnly);
+        assert!(!public.admits("1 1 udp 1 192.168.1.7 5000 typ host"));
+        assert!(!public.admits("1 1 udp 1 127.0.0.1 5000 typ host"));
+        assert!(!public.admits("1 1 udp 1 4f2a.local 5000 typ host"));
+        assert!(public.admits("1 1 udp 1 8.8.8.8 5000 typ srflx"));
     }
 }

@@ -14,7 +14,7 @@ use tokio::{
 
 use super::{
     MeshOptions, Shared,
-    candidates::{Gathered, MOST_CANDIDATES, Policy},
+    candidates::{Admission, Gathered, Policy},
     channels::{self, Channels, MOST_CHANNELS, Theirs},
     metadata::{self, Described, MOST_STREAMS},
     sections::{MOST_SECTIONS, Receiving, Sending, Sent, Wish, view},
@@ -80,7 +80,7 @@ pub(super) struct Session {
     gathered: Gathered,
     /// The user name fragment of the other side's latest offer: a new one restarts ICE.
     their_credentials: Option<String>,
-    their_candidates: usize,
+    their_candidates: Admission,
     /// The id of the first section of our latest description.
     first_mid: Option<String>,
     /// A description that waits for candidates.
@@ -189,7 +189,7 @@ impl Session {
             incoming: HashMap::new(),
             gathered: Gathered::default(),
             their_credentials: None,
-            their_candidates: 0,
+            their_candidates: Admission::new(options.addresses),
             first_mid: None,
             description: None,
             told: None,
@@ -281,8 +281,8 @@ impl Session {
             Negotiate::TakeAnswer { sdp, streams } => self.take_answer(sdp, streams).await,
             Negotiate::Candidates(candidates) => {
                 for candidate in candidates {
-                    self.their_candidates += 1;
-                    if self.their_candidates <= MOST_CANDIDATES
+                    let value = candidate.candidate.trim_start_matches("candidate:");
+                    if (value.is_empty() || self.their_candidates.admits(value))
                         && let Ok(json) = serde_json::to_string(&candidate)
                     {
                         self.peer.add_candidate(&json).await;
@@ -363,8 +363,14 @@ impl Session {
     async fn answer(&mut self, sdp: Sdp, streams: Streams) -> Result<(), Stop> {
         self.play(Role::Callee)?;
         let Sdp(offer) = check_size(sdp)?;
+        self.their_candidates.reset();
+        let offer = self.their_candidates.description(&offer);
         let views = sections::views(&offer);
         check_sections(&views)?;
+        let new = views.iter().filter(|view| !self.known.contains(&view.mid)).count();
+        if self.known.len() + new > MOST_SECTIONS {
+            return Err(Stop::Failed(format!("more than {MOST_SECTIONS} sections")));
+        }
         let credentials = sections::ice_ufrag(&offer).map(str::to_owned);
         if self.their_credentials.is_some() && self.their_credentials != credentials {
             self.restart_gathering();
@@ -407,7 +413,6 @@ impl Session {
         }
         let answer = self.peer.answer(&offer).await?;
         self.connecting();
-        self.their_candidates = 0;
         self.their_sections = views;
         self.take_streams(streams);
         self.update_tracks().await?;
@@ -420,10 +425,11 @@ impl Session {
             return Ok(());
         }
         let Sdp(answer) = check_size(sdp)?;
+        self.their_candidates.reset();
+        let answer = self.their_candidates.description(&answer);
         self.peer.take_answer(&answer).await?;
         self.unanswered = false;
         self.connecting();
-        self.their_candidates = 0;
         self.their_sections = sections::views(&answer);
         self.take_streams(streams);
         let missing = metadata::missing(&self.their_sections, self.their_streams.as_ref());
@@ -493,7 +499,7 @@ impl Session {
     fn restart_gathering(&mut self) {
         let found = std::mem::take(&mut self.gathered.found);
         self.gathered = Gathered { found, ..Gathered::default() };
-        self.their_candidates = 0;
+        self.their_candidates.reset();
     }
 
     async fn find_mids(&mut self) -> Result<(), Stop> {
