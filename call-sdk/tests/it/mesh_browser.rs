@@ -194,8 +194,7 @@ impl Meeting {
             };
             self.events.until("data of the page", LIMIT, is_it).await;
             let text = format!("from the member, {reliability:?}");
-            let mut message = UserData::default();
-            message.payload = text.clone().into_bytes();
+            let message = UserData { payload: text.clone().into_bytes(), topic: None };
             self.call.send_data(reliability, &[], message).await.unwrap();
             let has_it = |stats: &MeshStats| stats.data.iter().any(|data| data.contains(&text));
             self.page.until("data of the member", LIMIT, has_it).await.unwrap();
