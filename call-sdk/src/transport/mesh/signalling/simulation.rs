@@ -113,7 +113,6 @@ struct Node {
 
 #[derive(Debug)]
 struct World {
-    start: Instant,
     now: Instant,
     rng: StdRng,
     weather: Weather,
@@ -179,7 +178,6 @@ impl World {
             })
             .collect();
         Self {
-            start,
             now: start,
             rng,
             weather,
