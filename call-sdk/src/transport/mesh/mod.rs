@@ -1,6 +1,6 @@
 //! Media from member to member, without an SFU: full mesh.
 //!
-//! `docs/mesh.md` specifies the wire. [`signalling`] is the state machine behind it, for every pair of one call, without
+//! `docs/mesh.md` specifies the wire. `signalling` is the state machine behind it, for every pair of one call, without
 //! I/O: it decides who offers, reads and writes the `m.call.*` to-device messages (`wire`), and tells each connection
 //! what to do by a [`Negotiate`] command. `connection` is one peer connection over the WebRTC engine; it answers with
 //! [`Negotiated`] events.
