@@ -170,6 +170,16 @@ async fn members_mesh_on_synapse_and_send_nothing_but_olm() {
         let mut pairs = Pairs::of(&speakers);
         pairs.until_heard(LIMIT, &format!("among {count}")).await;
         pairs.hear_in_every_window(&format!("among {count}")).await;
+        for speaker in &mut speakers {
+            speaker.show().await;
+        }
+        let users: Vec<_> = speakers.iter().map(Speaker::user).collect();
+        let others =
+            |of: &str| users.iter().map(String::as_str).filter(move |user| *user != of).collect::<Vec<_>>();
+        until(&format!("all seen among {count}"), LIMIT, async || {
+            speakers.iter().all(|speaker| speaker.sees(others(&speaker.user()).into_iter()))
+        })
+        .await;
     }
     let sent = relay.sent();
     let types: BTreeSet<_> = sent

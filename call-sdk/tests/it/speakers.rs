@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 
 /// The longest Opus frame (RFC 6716 §2.1.4), as ten members decrypt ninety tracks on two cores in a debug build.
 const FRAME_EVERY: Duration = Duration::from_millis(60);
+const PICTURE_EVERY: Duration = Duration::from_millis(100);
 /// More than the frames that are on their way when something breaks.
 pub(crate) const ENOUGH: u64 = 10;
 /// Every member must hear every other one in each such stretch of time.
@@ -23,7 +24,7 @@ const WINDOWS: usize = 2;
 pub(crate) struct Speaker {
     pub(crate) call: Arc<Call>,
     heard: Arc<Mutex<Heard>>,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
     session: Session,
     _store: tempfile::TempDir,
 }
@@ -72,7 +73,33 @@ impl Speaker {
                 let _ = track.write(&EncodedFrame { payload: vec![0x78; 80].into(), timestamp });
             }
         });
-        Self { call, heard, _tasks: tasks, session, _store: store }
+        Self { call, heard, tasks, session, _store: store }
+    }
+
+    /// Sends a picture, too: VP8 frames of 1 kB, a key frame every second.
+    pub(crate) async fn show(&mut self) {
+        let track = self.call.publish(TrackSpec::camera(320, 180)).await.unwrap();
+        self.tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(PICTURE_EVERY);
+            let start = ticks.tick().await;
+            for number in 0_u64.. {
+                let timestamp = ticks.tick().await - start;
+                let mut payload = vec![0; 1000];
+                // The header of a key frame, or of another (RFC 6386 §9.1).
+                let header: &[u8] =
+                    if number % 10 == 0 { &[0x10, 0, 0, 0x9d, 1, 0x2a, 64, 1, 180, 0] } else { &[0x11] };
+                payload[..header.len()].copy_from_slice(header);
+                let _ = track.write(&EncodedFrame { payload: payload.into(), timestamp });
+            }
+        });
+    }
+
+    /// Whether pictures of all these users opened.
+    pub(crate) fn sees<'a>(&self, mut users: impl Iterator<Item = &'a str>) -> bool {
+        users.all(|user| {
+            self.tracks_of(user)
+                .any(|track| track.from.track.source == TrackSource::Camera && track.stats.opened >= ENOUGH)
+        })
     }
 
     /// Measures silences from now on.
