@@ -173,10 +173,9 @@ embed() {
     fail "examples/embed/Cargo.lock is behind: call cargo metadata there without --locked, and commit it"
   cargo fmt --manifest-path examples/embed/Cargo.toml --check
   [[ -z ${size-} ]] || profile=release
-  # Debug information would take most of the time and space of the dev build. A program that aborts on a panic needs no
-  # tables for unwinding (docs/sdk/embedding.md).
-  RUSTFLAGS="${RUSTFLAGS-} ${size:+-C force-unwind-tables=no}" CARGO_PROFILE_DEV_DEBUG=false \
-    cargo build --manifest-path examples/embed/Cargo.toml --target-dir "$out" --profile "$profile" --ignore-rust-version --locked
+  # Debug information would take most of the time and space of the dev build.
+  CARGO_PROFILE_DEV_DEBUG=false cargo rustc --manifest-path examples/embed/Cargo.toml --target-dir "$out" \
+    --profile "$profile" --ignore-rust-version --locked -- ${size:+-C link-arg=-Wl,-z,pack-relative-relocs}
   ANTIPHON_EMBED_BOT=$(realpath "$out/${profile/dev/debug}/embed")
   export ANTIPHON_EMBED_BOT
   if [[ -n ${size-} ]]; then

@@ -78,6 +78,13 @@ impl EventSender {
         true
     }
 
+    /// Queues a data message; false if so many events wait that it is dropped. Members choose how many they send, so
+    /// they must not be able to end the call.
+    pub(super) fn data(&self, message: CallEvent) -> bool {
+        let full = self.shared.lock().control >= CONTROL / 2;
+        !full && self.control(message).is_ok()
+    }
+
     /// Queues a control event. An application that dropped its receiver only sends: that is not an error.
     pub(super) fn control(&self, event: CallEvent) -> Result<(), NotReading> {
         let mut state = self.shared.lock();
@@ -153,7 +160,7 @@ mod tests {
         key::KeyIndex,
         machine::{EndReason, IncomingTrack, testing},
         media::{EncodedFrame, TrackSource},
-        transport::{RemoteTrack, TrackSid},
+        transport::{Reliability, RemoteTrack, TrackSid, UserData},
     };
 
     fn frame() -> CallEvent {
@@ -180,6 +187,18 @@ mod tests {
         assert!(matches!(receiver.next().await, Some(CallEvent::Frame { .. })));
         assert!(matches!(receiver.next().await, Some(CallEvent::Ended(EndReason::Left))));
         assert!(receiver.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn flood_of_data_does_not_end_the_call() {
+        let (sender, _receiver) = queue(1);
+        let data = || CallEvent::Data {
+            member: testing::state_member("@bob:example.org", "B", 1),
+            reliability: Reliability::Reliable,
+            message: UserData::default(),
+        };
+        assert_eq!((0..CONTROL).filter(|_| sender.data(data())).count(), CONTROL / 2);
+        assert!(sender.control(CallEvent::OwnKeyInUse(KeyIndex(0))).is_ok());
     }
 
     #[tokio::test]

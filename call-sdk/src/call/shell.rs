@@ -423,7 +423,11 @@ impl Shell {
     }
 
     fn tell(&mut self, event: CallEvent) {
-        if self.parts.events.control(event).is_err() {
+        if matches!(event, CallEvent::Data { .. }) {
+            if !self.parts.events.data(event) {
+                tracing::warn!("the application does not read; a data message was dropped");
+            }
+        } else if self.parts.events.control(event).is_err() {
             self.input(Input::Leave(EndReason::NotReading));
         }
     }

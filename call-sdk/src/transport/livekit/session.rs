@@ -232,6 +232,8 @@ impl Session {
             {
                 let tried = link.peers.pairs(MOST_PAIRS);
                 tracing::warn!(?tried, "signalling is up, but no media after 10 s");
+                // Media that comes up after all is told again.
+                link.stages.remove(&ConnectStage::MediaUp);
                 self.emit(TransportEvent::MediaBlocked { tried }).await?;
             }
         }
