@@ -59,11 +59,7 @@ async fn members_of_the_merged_form_hear_each_other_with_tokens_of_the_homeserve
     let transports = &bobs.members()[0].transports;
     let foci: Vec<_> = transports.iter().filter_map(Transport::livekit).collect();
     let expected = LiveKitFocus { service: None, sfu: Some(sfu.parse().unwrap()) };
-    assert_eq!(
-        foci,
-        [&expected],
-        "no authorisation service is known, so only the homeserver gave tokens"
-    );
+    assert_eq!(foci, [&expected], "no authorisation service is known, so only the homeserver gave tokens");
     let kept = service.delegation_stats().unwrap();
     assert_eq!(kept.waiting + kept.connected, 2, "both leaves are with the homeserver: {kept:?}");
     bobs.leave().await;
