@@ -5,7 +5,10 @@ use std::fmt;
 use ruma_common::{OwnedDeviceId, OwnedEventId, OwnedUserId};
 
 pub use crate::identity::{MemberId, ParticipantIdentity};
-use crate::{time::UnixMillis, transport::Transport};
+use crate::{
+    time::UnixMillis,
+    transport::{LiveKitFocus, MeshSession, Transport},
+};
 
 /// A device of a user. The pair is the name: a joined `user:device` string is ambiguous for servers with ports.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -134,6 +137,18 @@ impl Member {
             device_id: self.device_id.clone(),
             member_id: self.member_id.clone(),
         }
+    }
+
+    /// The focus that it publishes on, if it names one.
+    #[must_use]
+    pub fn focus(&self) -> Option<&LiveKitFocus> {
+        self.transports.iter().find_map(Transport::livekit)
+    }
+
+    /// Its session in the mesh, if it can mesh.
+    #[must_use]
+    pub fn mesh(&self) -> Option<&MeshSession> {
+        self.transports.iter().find_map(Transport::mesh)
     }
 
     /// The device, if it is known.

@@ -4,6 +4,12 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+/// The wait after the first failure.
+pub(crate) const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// The longest wait that the other side may ask for.
+const LONGEST_ASKED: Duration = Duration::from_secs(300);
+
 /// Wall-clock time in milliseconds since the Unix epoch, as Matrix events carry it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -37,5 +43,25 @@ impl Now {
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self { instant: self.instant + duration, unix: self.unix.plus(duration) }
+    }
+}
+
+/// The wait after the `failures`th failure in a row, counted from 1: 1 s, doubled each time, at most 30 s; but no less
+/// than the other side asks for, up to 5 min.
+pub(crate) fn retry_delay(failures: u32, asked: Option<Duration>) -> Duration {
+    let doubled = FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(LONGEST_RETRY);
+    doubled.max(asked.unwrap_or_default().min(LONGEST_ASKED))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_back_off_and_stay_bounded() {
+        let waits: Vec<_> = [1, 2, 3, 6, 40].map(|n| retry_delay(n, None).as_secs()).into();
+        assert_eq!(waits, [1, 2, 4, 30, 30]);
+        assert_eq!(retry_delay(1, Some(Duration::from_secs(7))).as_secs(), 7);
+        assert_eq!(retry_delay(1, Some(Duration::from_secs(700))).as_secs(), 300);
     }
 }

@@ -134,11 +134,9 @@ impl FrameReceiver for TrackReceiver {
         }
         let mut inner = self.lock();
         let at = frame.now.saturating_duration_since(self.begin);
-        let is_moving = inner.route.as_ref().is_some_and(|route| route.choice.is_moving());
-        if is_moving
-            && let Some(route) = &inner.route
-            && !route.choice.admits(route.path, at, can_start(&frame))
-        {
+        let Some(TrackRoute { choice, path, .. }) = &inner.route else { return };
+        let is_moving = choice.is_moving();
+        if is_moving && !choice.admits(*path, at, can_start(&frame)) {
             return;
         }
         let outcome = inner.open(&frame, self.sealing.is_encrypted());

@@ -72,10 +72,29 @@ pub(super) enum Command {
 enum Done {
     Input(Input),
     Access(ConnectionId, Result<SfuAccess, ConnectFailure>),
-    Connected(ConnectionId, Result<Connected, ConnectFailure>),
-    PeerOpened(ConnectionId, Result<PeerOpened, ConnectFailure>),
+    Opened(ConnectionId, Result<Opened, ConnectFailure>),
     Published(ConnectionId, LocalTrackId, Result<Arc<dyn Outlet>, TransportError>),
     Nothing,
+}
+
+/// A connection to an SFU room or to a mesh peer.
+struct Opened {
+    transport: Arc<dyn MediaTransport>,
+    /// The same, of a mesh peer.
+    pair: Option<Arc<dyn MeshTransport>>,
+    events: mpsc::Receiver<TransportEvent>,
+}
+
+impl From<Connected> for Opened {
+    fn from((transport, events): Connected) -> Self {
+        Self { transport, pair: None, events }
+    }
+}
+
+impl From<PeerOpened> for Opened {
+    fn from((pair, events): PeerOpened) -> Self {
+        Self { transport: pair.clone(), pair: Some(pair), events }
+    }
 }
 
 /// The remote tracks and where they are counted.
@@ -287,15 +306,16 @@ impl Shell {
             Output::Connect { connection } => {
                 let Some(access) = self.access.get(&connection).cloned() else { return };
                 let connector = Arc::clone(&self.parts.connector);
-                let task = self
-                    .work
-                    .spawn(async move { Done::Connected(connection, connector.connect(&access).await) });
+                let task = self.work.spawn(async move {
+                    Done::Opened(connection, connector.connect(&access).await.map(Opened::from))
+                });
                 self.making.insert(connection, task);
             }
             Output::OpenPeer { connection, identity } => {
                 let (port, connector) = self.outside();
                 let task = self.work.spawn(async move {
-                    Done::PeerOpened(connection, connector.open_peer(port.as_ref(), &identity).await)
+                    let opened = connector.open_peer(port.as_ref(), &identity).await;
+                    Done::Opened(connection, opened.map(Opened::from))
                 });
                 self.making.insert(connection, task);
             }
@@ -444,30 +464,17 @@ impl Shell {
                 });
                 self.input(Input::Granted { connection, result });
             }
-            Done::Connected(connection, result) => {
+            Done::Opened(connection, result) => {
                 // Given up meanwhile: a connection that nobody waits for is closed.
                 let wanted = self.making.remove(&connection).is_some();
                 let result = match result {
-                    Ok((transport, events)) if wanted => {
+                    Ok(Opened { transport, pair, events }) if wanted => {
                         self.connections.insert(connection, transport);
+                        self.pairs.extend(pair.map(|pair| (connection, pair)));
                         self.forward(connection, events);
                         Ok(())
                     }
-                    Ok((transport, _)) => return self.close_transport(transport),
-                    Err(failure) => Err(failure),
-                };
-                self.input(Input::Connected { connection, result });
-            }
-            Done::PeerOpened(connection, result) => {
-                let wanted = self.making.remove(&connection).is_some();
-                let result = match result {
-                    Ok((pair, events)) if wanted => {
-                        self.connections.insert(connection, pair.clone());
-                        self.pairs.insert(connection, pair);
-                        self.forward(connection, events);
-                        Ok(())
-                    }
-                    Ok((pair, _)) => return self.close_transport(pair),
+                    Ok(Opened { transport, .. }) => return self.close_transport(transport),
                     Err(failure) => Err(failure),
                 };
                 self.input(Input::Connected { connection, result });

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rand::{CryptoRng, RngCore as _, SeedableRng as _, rngs::StdRng};
+use rand::{CryptoRng, Rng as _, SeedableRng as _, rngs::StdRng};
 use ruma_common::{OwnedEventId, OwnedUserId};
 
 use super::{

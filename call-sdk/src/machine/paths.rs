@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     member::{Member, MemberKey},
-    transport::{LiveKitFocus, MeshSession, Transport},
+    transport::{LiveKitFocus, MeshSession},
 };
 
 /// How long a path stays at most after another took its place.
@@ -143,9 +143,7 @@ pub(crate) struct OwnPlace {
 }
 
 fn path(us: &OwnPlace, member: &Member) -> Path {
-    let focus = member.transports.iter().find_map(Transport::livekit);
-    let mesh = member.transports.iter().find_map(Transport::mesh);
-    match (focus, mesh) {
+    match (member.focus(), member.mesh()) {
         (Some(focus), _) if us.has_focus => Path::Focus(focus.clone()),
         (_, Some(session)) if us.can_mesh && member.device_id.is_some() => Path::Mesh(session.clone()),
         (Some(focus), _) => Path::Focus(focus.clone()),
@@ -157,7 +155,7 @@ fn path(us: &OwnPlace, member: &Member) -> Path {
 #[allow(clippy::disallowed_methods, reason = "a test needs some point in time to start from")]
 mod tests {
     use super::*;
-    use crate::machine::testing;
+    use crate::{machine::testing, transport::Transport};
 
     const BOTH: OwnPlace = OwnPlace { has_focus: true, can_mesh: true };
     const MESH: OwnPlace = OwnPlace { has_focus: false, can_mesh: true };

@@ -238,6 +238,11 @@ impl Peers {
         self.peers.get(key)
     }
 
+    /// The member under a key.
+    pub(crate) fn member(&self, key: &MemberKey) -> Option<Member> {
+        self.peers.get(key).map(|peer| peer.member.clone())
+    }
+
     pub(crate) fn get_mut(&mut self, key: &MemberKey) -> Option<&mut Peer> {
         self.peers.get_mut(key)
     }
@@ -317,7 +322,7 @@ impl Peers {
                 && !participant.reported
                 && now.saturating_duration_since(participant.since) >= STRANGER_AFTER
                 && !attached.contains(&(*connection, identity))
-                // A member whose media comes by another path is no stranger.
+                // A member whose media comes by another path is not reported.
                 && !self.peers.values().any(|peer| peer.member.is_known_as(identity))
             {
                 participant.reported = true;

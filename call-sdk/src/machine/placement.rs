@@ -98,6 +98,11 @@ impl Placement {
         self.place
     }
 
+    /// Whether our media travels from member to member.
+    pub(crate) fn is_mesh(&self) -> bool {
+        matches!(self.place, Some(Place::Mesh(_)))
+    }
+
     /// Whether we can mesh at all.
     pub(crate) fn can_mesh(&self) -> bool {
         self.policy != MeshPolicy::Never

@@ -10,10 +10,11 @@ use std::{
 };
 
 use super::event::ConnectFailure;
-use crate::transport::{ConnectionId, LiveKitFocus, NamedBy, SfuUrl};
+use crate::{
+    time::retry_delay,
+    transport::{ConnectionId, LiveKitFocus, NamedBy, SfuUrl},
+};
 
-const RETRY_BASE: Duration = Duration::from_secs(1);
-const RETRY_MAX: Duration = Duration::from_secs(30);
 /// A connection that lasted this long starts counting failures anew.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
 /// Routes that one call opens at most. Every route costs a token request and two peer connections.
@@ -301,12 +302,6 @@ impl Routing {
     }
 }
 
-/// How long to wait after the n-th failure in a row (n from 1).
-fn retry_delay(failures: u32, asked: Option<Duration>) -> Duration {
-    let doubled = RETRY_BASE.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
-    doubled.min(RETRY_MAX).max(asked.unwrap_or_default().min(RETRY_MAX * 10))
-}
-
 #[cfg(test)]
 #[allow(clippy::disallowed_methods, reason = "a test needs some point in time to start from")]
 mod tests {
@@ -390,13 +385,6 @@ mod tests {
         routing.want(now, vec![own, other.clone()]);
         assert_eq!(drain(&mut routing, now), []);
         assert_eq!(routing.connection_to(&other.focus), Some(ours));
-    }
-
-    #[test]
-    fn failures_back_off_and_stay_bounded() {
-        let waits: Vec<_> = [1, 2, 3, 6, 40].map(|n| retry_delay(n, None).as_secs()).into();
-        assert_eq!(waits, [1, 2, 4, 30, 30]);
-        assert_eq!(retry_delay(1, Some(Duration::from_secs(7))).as_secs(), 7);
     }
 
     #[test]

@@ -129,6 +129,25 @@ impl Room {
     }
 }
 
+/// A homeserver with these users, and without a focus.
+async fn with_users(users: &[&str]) -> DevHomeserver {
+    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
+    for user in users {
+        homeserver.register_user(user, "pw").unwrap();
+    }
+    homeserver
+}
+
+/// A homeserver, and the focus that it names.
+async fn with_focus() -> (DevHomeserver, FocusProcess) {
+    let udp = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
+    let focus = FocusProcess::start(udp, udp).await;
+    let homeserver = with_users(&[]).await;
+    let service = format!("http://{}/livekit/jwt", focus.http);
+    homeserver.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service })]);
+    (homeserver, focus)
+}
+
 /// Median and longest silence of all voices at all members.
 fn gaps(speakers: &[Speaker]) -> (Duration, Duration) {
     let mut gaps: Vec<_> = speakers.iter().flat_map(Speaker::gaps).collect();
@@ -199,11 +218,7 @@ async fn members_mesh_on_synapse_and_send_nothing_but_olm() {
 async fn call_moves_to_the_focus_at_the_fifth_member_and_back_when_it_is_killed() {
     require!(Peer::LoopbackOnly);
     let _turn = turn().await;
-    let udp = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
-    let mut focus = FocusProcess::start(udp, udp).await;
-    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
-    let service = format!("http://{}/livekit/jwt", focus.http);
-    homeserver.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service })]);
+    let (homeserver, mut focus) = with_focus().await;
     let mut room = Room::on(homeserver.url());
     let options = || options().with_mesh(MeshPolicy::SmallCalls { limit: 4 });
     let mut speakers = Vec::new();
@@ -265,11 +280,7 @@ async fn call_moves_to_the_focus_at_the_fifth_member_and_back_when_it_is_killed(
 async fn members_with_a_focus_and_members_that_only_mesh_hear_each_other() {
     require!(Peer::LoopbackOnly);
     let _turn = turn().await;
-    let udp = SocketAddr::from(([127, 0, 0, 1], ports::free().unwrap()));
-    let focus = FocusProcess::start(udp, udp).await;
-    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
-    let service = format!("http://{}/livekit/jwt", focus.http);
-    homeserver.set_rtc_transports(vec![json!({ "type": "livekit", "livekit_service_url": service })]);
+    let (homeserver, _focus) = with_focus().await;
     let mut room = Room::on(homeserver.url());
     let mut speakers = Vec::new();
     for number in 0..4 {

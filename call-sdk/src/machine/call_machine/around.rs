@@ -22,16 +22,15 @@ impl CallMachine {
     }
 
     pub(super) fn notice(&mut self, notice: Notice) {
-        let member = |peers: &Peers, key: &MemberKey| peers.get(key).map(|peer| peer.member.clone());
         let event = match notice {
             Notice::Invited(invite) => CallEvent::Invited(invite),
             Notice::InviteEnded(invite, end) => CallEvent::InviteEnded { invite, end },
             Notice::Declined(user_id) => CallEvent::Declined(user_id),
-            Notice::Reaction { member: key, emoji, name } => match member(&self.peers, &key) {
+            Notice::Reaction { member: key, emoji, name } => match self.peers.member(&key) {
                 Some(member) => CallEvent::Reaction { member, emoji, name },
                 None => return,
             },
-            Notice::Hand { member: key, raised } => match member(&self.peers, &key) {
+            Notice::Hand { member: key, raised } => match self.peers.member(&key) {
                 Some(member) => CallEvent::HandRaised { member, raised },
                 None => return,
             },

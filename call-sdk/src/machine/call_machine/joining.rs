@@ -490,7 +490,7 @@ impl CallMachine {
             return;
         }
         let in_call = self.config.observe || self.own.status() == own::Status::Connected;
-        let is_mesh = matches!(self.placement.place(), Some(Place::Mesh(_)));
+        let is_mesh = self.placement.is_mesh();
         let connected = self.config.observe || is_mesh || self.routing.ours().is_some();
         let status = match (in_call, connected, self.status) {
             (true, true, _) => CallStatus::Joined,

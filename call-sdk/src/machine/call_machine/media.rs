@@ -90,7 +90,7 @@ impl CallMachine {
         if self.routing.ours() == Some(connection) {
             self.foci.works();
             self.focus.up(now.instant);
-            if self.config.delegate_leave && !matches!(self.placement.place(), Some(Place::Mesh(_))) {
+            if self.config.delegate_leave && !self.placement.is_mesh() {
                 self.own.handle(now, own::Input::OfferDelegation);
             }
         }
@@ -105,7 +105,7 @@ impl CallMachine {
         let carriers: Vec<_> =
             self.routing.ours().into_iter().chain(self.open_pairs.iter().copied()).collect();
         // In a mesh there may be nobody yet.
-        let is_live = matches!(self.placement.place(), Some(Place::Mesh(_)));
+        let is_live = self.placement.is_mesh();
         for (track, local) in &mut self.locals {
             for connection in carriers.iter().copied() {
                 if local.on.insert(connection) {
@@ -331,14 +331,13 @@ impl CallMachine {
     }
 
     pub(super) fn transport_event(&mut self, now: Now, connection: ConnectionId, event: TransportEvent) {
-        match event {
-            TransportEvent::Negotiated(event) => return self.negotiated(now, connection, event),
-            TransportEvent::Disconnected(reason) if connection.is_mesh() => {
-                return self.negotiated(now, connection, Negotiated::Failed(reason.to_string()));
-            }
-            _ if connection.is_mesh() && self.mesh_member(connection).is_none() => return,
-            _ if !connection.is_mesh() && !self.routing.is_current(connection) => return,
-            _ => {}
+        let is_current = if connection.is_mesh() {
+            self.mesh_member(connection).is_some()
+        } else {
+            self.routing.is_current(connection)
+        };
+        if !is_current {
+            return;
         }
         let focus = self.routing.focus_of(connection).cloned();
         let is_ours = self.routing.is_ours(connection);
@@ -430,8 +429,7 @@ impl CallMachine {
             TransportEvent::UplinkShort { bits_per_second, needed } => {
                 self.short_pairs.insert(connection);
                 self.tell_wishes();
-                if let Some(member) = self.mesh_member(connection).and_then(|key| self.peers.get(key)) {
-                    let member = member.member.clone();
+                if let Some(member) = self.mesh_member(connection).and_then(|key| self.peers.member(key)) {
                     self.tell(CallEvent::MeshTooLarge { member, bits_per_second, needed });
                 }
             }
@@ -440,7 +438,7 @@ impl CallMachine {
                     self.uplink_enough(connection, &member);
                 }
             }
-            TransportEvent::Negotiated(_) => {}
+            TransportEvent::Negotiated(event) => self.negotiated(now, connection, event),
             TransportEvent::Reconnecting => {
                 if is_ours {
                     self.focus.down(now.instant, 0);
@@ -452,6 +450,9 @@ impl CallMachine {
                     self.focus.up(now.instant);
                 }
                 self.tell_of(focus, CallEvent::Connected);
+            }
+            TransportEvent::Disconnected(reason) if connection.is_mesh() => {
+                self.negotiated(now, connection, Negotiated::Failed(reason.to_string()));
             }
             TransportEvent::Disconnected(reason) => self.disconnected(now, connection, reason),
         }

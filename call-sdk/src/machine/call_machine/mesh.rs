@@ -99,9 +99,7 @@ impl CallMachine {
     }
 
     pub(super) fn call_size(&self) -> CallSize {
-        let can_mesh = |peer: &Peer| {
-            peer.member.device_id.is_some() && peer.member.transports.iter().any(|way| way.mesh().is_some())
-        };
+        let can_mesh = |peer: &Peer| peer.member.device_id.is_some() && peer.member.mesh().is_some();
         CallSize { members: self.peers.count() + 1, all_can_mesh: self.peers.iter().all(can_mesh) }
     }
 
@@ -158,10 +156,10 @@ impl CallMachine {
 
     /// What our membership says about our transports now.
     pub(super) fn own_transports(&self) -> OwnTransports {
-        let on_focus = !matches!(self.placement.place(), Some(Place::Mesh(_)));
+        let on_focus = !self.placement.is_mesh();
         OwnTransports {
             focus: self.foci.current().filter(|_| on_focus).cloned(),
-            mesh: self.mesh_session.clone().filter(|_| self.placement.can_mesh()),
+            mesh: self.mesh_session.clone(),
         }
     }
 
@@ -176,9 +174,7 @@ impl CallMachine {
             return;
         }
         self.leave_mesh(now);
-        let mut session = [0; 16];
-        self.rng.fill_bytes(&mut session);
-        let session = MeshSession(session.iter().map(|byte| format!("{byte:02x}")).collect());
+        let session = MeshSession(format!("{:032x}", self.rng.random::<u128>()));
         self.mesh_session = Some(session.clone());
         let us = Us {
             room_id: self.config.room_id.clone(),
@@ -215,8 +211,7 @@ impl CallMachine {
         }
         self.paths_changed(now);
         // A member has a focus, and we know none: perhaps it would have us.
-        let has_focus =
-            members.iter().any(|member| member.transports.iter().any(|way| way.livekit().is_some()));
+        let has_focus = members.iter().any(|member| member.focus().is_some());
         if has_focus && self.placement.place() == Some(Place::Mesh(MeshReason::NoFocus)) {
             self.discover_again = Some(now.instant + DISCOVER_SOON);
         }
@@ -296,8 +291,7 @@ impl CallMachine {
                     self.connected_pairs.insert(connection);
                     let number = self.timeline.number(&member);
                     self.timeline.add(now.instant, Step::PairConnected { member: number });
-                    if let Some(peer) = self.peers.get(&member) {
-                        let member = peer.member.clone();
+                    if let Some(member) = self.peers.member(&member) {
                         self.tell(CallEvent::PeerConnected(member));
                     }
                 }
@@ -305,8 +299,7 @@ impl CallMachine {
                     let number = self.timeline.number(&member);
                     self.timeline
                         .add(now.instant, Step::PairFailed { member: number, reason: reason.clone() });
-                    if let Some(peer) = self.peers.get(&member) {
-                        let member = peer.member.clone();
+                    if let Some(member) = self.peers.member(&member) {
                         self.tell(CallEvent::PeerFailed { member, reason, failures });
                     }
                 }
@@ -317,9 +310,8 @@ impl CallMachine {
     /// Our video flows to a member again, or its connection is over.
     pub(super) fn uplink_enough(&mut self, connection: ConnectionId, member: &MemberKey) {
         if self.short_pairs.remove(&connection)
-            && let Some(peer) = self.peers.get(member)
+            && let Some(member) = self.peers.member(member)
         {
-            let member = peer.member.clone();
             self.tell(CallEvent::MeshFits(member));
         }
     }
@@ -378,14 +370,6 @@ impl CallMachine {
         self.signalling.as_ref()?.member_of(connection)
     }
 
-    /// Whether we are the caller of the pair with a member.
-    fn calls(&self, member: &MemberKey) -> bool {
-        let (Some(ours), Some(theirs)) = (&self.mesh_session, self.paths.mesh(member)) else { return true };
-        let Device { user_id, device_id } = &self.config.device;
-        let us = (user_id.as_str(), Some(device_id.as_str()), ours);
-        us > (member.user_id.as_str(), member.device_id.as_ref().map(|id| id.as_str()), theirs)
-    }
-
     /// Members whose media arrives by their new path need the old one only a little longer.
     pub(super) fn settle_paths(&mut self, now: Now) {
         let arrives = |member: &MemberKey| {
@@ -411,7 +395,8 @@ impl CallMachine {
                     .iter()
                     .any(|connection| self.mesh_member(*connection) == Some(member));
             // The caller of a pair hangs up, so that both sides have come to the focus before.
-            let may_end = is_mesh || self.calls(member);
+            let may_end =
+                is_mesh || self.signalling.as_ref().is_none_or(|signalling| signalling.calls(member));
             (is_up && may_end && heard == all).then(|| member.clone())
         };
         let settled: Vec<_> = self.paths.unsettled().filter_map(arrives).collect();

@@ -129,23 +129,15 @@ impl MediaTransport for LiveKitTransport {
         spec: TrackSpec,
         encrypted: bool,
     ) -> Result<Arc<dyn Outlet>, TransportError> {
-        requests::check(&spec)?;
         Ok(self.shared.desired.publication(track, spec, encrypted).await?)
     }
 
     fn unpublish(&self, track: LocalTrackId) {
-        if let Some(local) = self.shared.desired.track(track) {
-            self.shared.desired.unpublish(&local);
-            local.answer(Err(TransportError::TrackRefused("unpublished before it was live".to_owned())));
-        }
+        self.shared.desired.take_back(track);
     }
 
-    /// Frames of a muted track are dropped here, from before the SFU is told.
     fn set_muted(&self, track: LocalTrackId, muted: bool) {
-        if let Some(local) = self.shared.desired.track(track) {
-            local.set_muted(muted);
-            self.shared.desired.touch();
-        }
+        self.shared.desired.set_muted(track, muted);
     }
 
     fn attach(&self, sid: &TrackSid, receiver: Option<Arc<dyn FrameReceiver>>) {

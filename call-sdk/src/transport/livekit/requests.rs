@@ -4,22 +4,8 @@ use livekit_protocol as proto;
 
 use crate::{
     media::{Codec, TrackSource, TrackSpec},
-    transport::{
-        Subscription, TrackSid, TransportError,
-        rtc::local::{LocalTrack, MOST_LAYERS},
-    },
+    transport::{Subscription, TrackSid, rtc::local::LocalTrack},
 };
-
-/// Whether this transport can carry such a track.
-pub(super) fn check(spec: &TrackSpec) -> Result<(), TransportError> {
-    if spec.layers.len() > MOST_LAYERS {
-        return Err(TransportError::TrackRefused(format!(
-            "{} simulcast layers; LiveKit knows at most {MOST_LAYERS}",
-            spec.layers.len()
-        )));
-    }
-    Ok(())
-}
 
 /// Asks for a track.
 pub(super) fn add_track(track: &LocalTrack, muted: bool) -> proto::AddTrackRequest {

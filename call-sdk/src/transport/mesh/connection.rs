@@ -26,10 +26,7 @@ use crate::{
     transport::{
         DataPacket, DisconnectReason, FrameReceiver, LocalTrackId, MediaTransport, MeshTransport, Outlet,
         Subscription, TrackSid, TransportError, TransportEvent,
-        rtc::{
-            Bind, IceServer, Network, data, desired::Desired, events::EventSink, local::MOST_LAYERS,
-            remote::RemoteTracks,
-        },
+        rtc::{Bind, IceServer, Network, data, desired::Desired, events::EventSink, remote::RemoteTracks},
     },
 };
 
@@ -131,26 +128,15 @@ impl MediaTransport for MeshConnection {
         spec: TrackSpec,
         encrypted: bool,
     ) -> Result<Arc<dyn Outlet>, TransportError> {
-        if spec.layers.len() > MOST_LAYERS {
-            let layers = spec.layers.len();
-            return Err(TransportError::TrackRefused(format!("{layers} layers; at most {MOST_LAYERS} fit")));
-        }
         Ok(self.shared.desired.publication(track, spec, encrypted).await?)
     }
 
     fn unpublish(&self, track: LocalTrackId) {
-        if let Some(local) = self.shared.desired.track(track) {
-            self.shared.desired.unpublish(&local);
-            local.answer(Err(TransportError::TrackRefused("unpublished before it was live".to_owned())));
-        }
+        self.shared.desired.take_back(track);
     }
 
-    /// Frames of a muted track are dropped here, from before the other side is told.
     fn set_muted(&self, track: LocalTrackId, muted: bool) {
-        if let Some(local) = self.shared.desired.track(track) {
-            local.set_muted(muted);
-            self.shared.desired.touch();
-        }
+        self.shared.desired.set_muted(track, muted);
     }
 
     fn attach(&self, sid: &TrackSid, receiver: Option<Arc<dyn FrameReceiver>>) {

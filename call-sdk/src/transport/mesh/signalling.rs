@@ -9,7 +9,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use rand::{Rng as _, distr::Alphanumeric, rngs::StdRng};
@@ -33,8 +33,6 @@ mod outbox;
 mod pair;
 mod parked;
 
-const RETRY_BASE: Duration = Duration::from_secs(1);
-const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Messages that wait for the memberships of their senders.
 const MAX_PARKED: usize = 32;
 
@@ -256,6 +254,11 @@ impl Signalling {
         self.pairs.iter().find(|(_, pair)| pair.connection() == Some(connection)).map(|(member, _)| member)
     }
 
+    /// Whether we are the caller of a member by order; true without a pair.
+    pub(crate) fn calls(&self, member: &MemberKey) -> bool {
+        self.pairs.get(member).is_none_or(Pair::is_caller)
+    }
+
     /// How many messages and calls are kept, beside the present call of every pair.
     #[cfg(any(test, feature = "fuzzing"))]
     fn kept(&self) -> usize {
@@ -384,11 +387,6 @@ impl fmt::Debug for SignallingOutput {
                 .finish(),
         }
     }
-}
-
-/// How long to wait after the n-th failure in a row (n from 1).
-fn retry_delay(failures: u32) -> Duration {
-    RETRY_BASE.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(RETRY_MAX)
 }
 
 #[cfg(any(test, feature = "fuzzing"))]

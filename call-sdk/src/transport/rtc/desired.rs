@@ -8,7 +8,10 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::{local::LocalTrack, remote::MOST_REMOTE_TRACKS};
+use super::{
+    local::{LocalTrack, MOST_LAYERS},
+    remote::MOST_REMOTE_TRACKS,
+};
 use crate::{
     media::TrackSpec,
     transport::{LocalTrackId, Subscription, TrackSid, TransportError},
@@ -54,7 +57,7 @@ impl Desired {
     /// Adds a local track.
     ///
     /// # Errors
-    /// The connection is closed, the id is taken, or there are too many tracks.
+    /// The connection is closed, the id is taken, or there are too many tracks, or layers of this one.
     pub(in crate::transport) fn publish(&self, track: Arc<LocalTrack>) -> Result<(), TransportError> {
         let mut state = self.state();
         if state.closed {
@@ -62,6 +65,12 @@ impl Desired {
         }
         if state.tracks.contains_key(&track.id) {
             return Err(TransportError::TrackRefused("a track with this id is published already".to_owned()));
+        }
+        if track.spec.layers.len() > MOST_LAYERS {
+            let layers = track.spec.layers.len();
+            return Err(TransportError::TrackRefused(format!(
+                "{layers} simulcast layers; at most {MOST_LAYERS} are carried"
+            )));
         }
         if state.tracks.len() >= MOST_LOCAL_TRACKS {
             return Err(TransportError::TrackRefused(format!("more than {MOST_LOCAL_TRACKS} local tracks")));
@@ -81,6 +90,22 @@ impl Desired {
         drop(state);
         track.detach();
         self.changed.notify_one();
+    }
+
+    /// Takes the local track under this id back. A publisher that still waits for it is told.
+    pub(in crate::transport) fn take_back(&self, id: LocalTrackId) {
+        if let Some(track) = self.track(id) {
+            self.unpublish(&track);
+            track.answer(Err(TransportError::TrackRefused("unpublished before it was live".to_owned())));
+        }
+    }
+
+    /// Mutes a local track or not. Frames of a muted track are dropped here, from before anybody is told.
+    pub(in crate::transport) fn set_muted(&self, id: LocalTrackId, muted: bool) {
+        if let Some(track) = self.track(id) {
+            track.set_muted(muted);
+            self.changed.notify_one();
+        }
     }
 
     /// The local track under this id.
@@ -113,11 +138,6 @@ impl Desired {
         let mut state = self.state();
         state.subscriptions.retain(|sid, _| exists(sid));
         state.subscriptions.clone()
-    }
-
-    /// Tells the session to look again, for changes that are kept elsewhere (mute).
-    pub(in crate::transport) fn touch(&self) {
-        self.changed.notify_one();
     }
 
     /// Asks for data channels.

@@ -41,10 +41,7 @@ impl Drop for Blackhole {
 async fn members_hear_each_other_again_after_a_network_was_away() {
     require!(Peer::LoopbackOnly);
     let _turn = turn().await;
-    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
-    for user in ["alice", "bob", "carol"] {
-        homeserver.register_user(user, "pw").unwrap();
-    }
+    let homeserver = with_users(&["alice", "bob", "carol"]).await;
     let mut room = Room::on(homeserver.url());
     let alice = room.speaker("alice", options()).await;
     let relay = TcpRelay::start(homeserver.address()).await;

@@ -10,10 +10,7 @@ use crate::speakers::ENOUGH;
 async fn killed_process_is_heard_again_in_its_new_session() {
     require!(Peer::LoopbackOnly);
     let _turn = turn().await;
-    let homeserver = DevHomeserver::start(Options::default()).await.unwrap();
-    for user in ["alice", "bob", "carol"] {
-        homeserver.register_user(user, "pw").unwrap();
-    }
+    let homeserver = with_users(&["alice", "bob", "carol"]).await;
     let mut room = Room::on(homeserver.url());
     // Bob calls one of them, and is called by the other.
     let speakers = [room.speaker("alice", options()).await, room.speaker("carol", options()).await];

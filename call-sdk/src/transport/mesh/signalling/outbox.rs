@@ -3,20 +3,18 @@
 //! They are kept after they were sent, because the other side may not have got them. A message that the homeserver does
 //! not take holds up all of them for a while: the next one would fail, too.
 
-use std::{
-    fmt,
-    time::{Duration, Instant},
-};
+use std::{fmt, time::Instant};
 
 use serde_json::Value;
 
-use super::{MessageId, retry_delay};
-use crate::matrix::{Delivery, DeliveryFailure};
+use super::MessageId;
+use crate::{
+    matrix::{Delivery, DeliveryFailure},
+    time::retry_delay,
+};
 
 /// Most messages of one round. Further candidates of an absurd number of network interfaces are not sent.
 const MAX_MESSAGES: usize = 32;
-/// Longest wait that a homeserver may ask for.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
 /// What a message is for the outbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,10 +101,10 @@ impl Outbox {
                 if self.held_until.is_none() {
                     self.failures = self.failures.saturating_add(1);
                     let asked = match failure {
-                        DeliveryFailure::RateLimited { retry_after } => retry_after.unwrap_or_default(),
-                        _ => Duration::ZERO,
+                        DeliveryFailure::RateLimited { retry_after } => *retry_after,
+                        _ => None,
                     };
-                    let wait = retry_delay(self.failures).max(asked.min(MAX_RETRY_AFTER));
+                    let wait = retry_delay(self.failures, asked);
                     self.held_until = Some(now + wait);
                 }
             }

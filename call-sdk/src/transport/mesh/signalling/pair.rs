@@ -6,15 +6,15 @@ use std::{
 };
 
 use super::{
-    Desk, MessageId, RETRY_BASE, SignallingOutput, Us,
+    Desk, MessageId, SignallingOutput, Us,
     attempt::{Attempt, Duty, Talk},
     outbox::{Kind, Outbox},
     parked::Parked,
-    retry_delay,
 };
 use crate::{
     matrix::Delivery,
     member::Device,
+    time::{FIRST_RETRY, retry_delay},
     transport::{
         ConnectionId, MeshSession,
         mesh::{
@@ -102,6 +102,11 @@ impl Pair {
         self.peer.device == *device && self.peer.session == *session
     }
 
+    /// Whether we are the caller by order.
+    pub(super) fn is_caller(&self) -> bool {
+        self.we_call
+    }
+
     /// The connection that is open or being opened.
     pub(super) fn connection(&self) -> Option<ConnectionId> {
         self.attempt.as_ref().map(Attempt::connection)
@@ -111,7 +116,7 @@ impl Pair {
     pub(super) fn set_lingering(&mut self, now: Instant, lingers: bool) {
         if std::mem::replace(&mut self.lingers, lingers) && !lingers && self.attempt.is_none() {
             self.failures = 0;
-            self.call_at = if self.we_call { now } else { now + PATIENCE };
+            self.call_from(now);
         }
     }
 
@@ -168,7 +173,7 @@ impl Pair {
     /// The other side's device may be trusted now.
     pub(super) fn trust_changed(&mut self, now: Instant) {
         if std::mem::take(&mut self.refused) {
-            self.call_at = if self.we_call { now } else { now + PATIENCE };
+            self.call_from(now);
         }
     }
 
@@ -222,6 +227,11 @@ impl Pair {
         call.into_iter().chain(self.outbox.wake_at()).chain(self.early.wake_at()).min()
     }
 
+    /// The caller calls at `at`; the callee calls if nobody has by then and its patience is over.
+    fn call_from(&mut self, at: Instant) {
+        self.call_at = if self.we_call { at } else { at + PATIENCE };
+    }
+
     fn with_attempt(&mut self, now: Instant, desk: &mut Desk, act: impl FnOnce(&mut Attempt, &mut Talk<'_>)) {
         if let Some(attempt) = &mut self.attempt {
             act(attempt, &mut Talk { now, desk, outbox: &mut self.outbox, peer: &self.peer });
@@ -236,8 +246,8 @@ impl Pair {
                 self.end_call(desk, None);
                 // A membership without a call comes soon after it, but a membership with a focus came long before: if
                 // we did not get it, or the member has moved back already, we may call.
-                let wait = if reason == Reason::Moved { RETRY_BASE } else { PATIENCE };
-                self.call_at = now + if self.we_call { wait } else { wait + PATIENCE };
+                let wait = if reason == Reason::Moved { FIRST_RETRY } else { PATIENCE };
+                self.call_from(now + wait);
             }
             Body::Hangup(reason) => {
                 self.fail(now, desk, None, format!("the other side hung up: {}", reason.as_str()));
@@ -304,8 +314,8 @@ impl Pair {
             self.failures = 0;
         }
         self.failures = self.failures.saturating_add(1);
-        let wait = retry_delay(self.failures);
-        self.call_at = now + if self.we_call { wait } else { wait + PATIENCE };
+        let wait = retry_delay(self.failures, None);
+        self.call_from(now + wait);
         desk.outputs.push_back(SignallingOutput::Failed {
             member: self.peer.member.clone(),
             reason: cause,

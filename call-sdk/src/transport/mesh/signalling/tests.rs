@@ -1,5 +1,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test needs some point in time to start from")]
 
+use std::time::Duration;
+
 use rand::SeedableRng as _;
 use serde_json::json;
 
